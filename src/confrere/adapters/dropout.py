@@ -1,0 +1,39 @@
+"""LoRA dropout whose randomness has an address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class SeededDropout(nn.Module):
+    """Dropout that draws from a given generator, never from the global one; off when there is none."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        # 16 random bits an element cost an eighth of a Bernoulli draw; the rate is rounded to 1/65536.
+        self.dropped = round(rate * 65536)
+        self.generator: torch.Generator | None = None
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return ``values`` with a part of its elements zeroed and the rest scaled up."""
+        if self.generator is None or self.dropped == 0:
+            return values
+        words = torch.empty(values.numel() // 4 + 1, dtype=torch.int64, device=self.generator.device)
+        words.random_(-(2**63), None, generator=self.generator)
+        bits = words.view(torch.int16)[: values.numel()].view(values.shape)
+        mask = (bits >= self.dropped - 32768).to(values).mul_(65536 / (65536 - self.dropped))
+        return values * mask
+
+
+def replace_dropout(module: nn.Module, layers: Iterable[str], rate: float) -> list[SeededDropout]:
+    """Put :class:`SeededDropout` in place of PEFT's dropout in every slot of ``layers``; return them."""
+    replaced = []
+    for path in layers:
+        slots = module.get_submodule(f"{path}.lora_dropout")
+        for slot in [name for name, _ in slots.named_children()]:
+            replaced.append(SeededDropout(rate))
+            setattr(slots, slot, replaced[-1])
+    return replaced

@@ -1,0 +1,159 @@
+"""Adapters on disk, in PEFT's own format: any program that reads PEFT folders reads these.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` for one slot. Pickled adapters are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from confrere.adapters.names import layer_of, side_of, slot_of, tensor_name
+from confrere.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
+
+    from confrere.tensors import Tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# PEFT options under which the same tensors would mean another function.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+}
+
+
+def export(folder: Path, tensors: Tensors, *, scale: float, base_name: str) -> None:
+    """Write one slot as a standard PEFT folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    Args:
+        folder: made if needed; its two files are replaced atomically.
+        tensors: both factors of every layer of exactly one slot, by canonical name.
+        scale: factor on ``B A x``; written as ``lora_alpha = scale * r``.
+        base_name: what the adapter belongs to, written as ``base_model_name_or_path``.
+
+    Raises:
+        BackboneError: no tensors, several slots, or names that are no adapter's.
+    """
+    from safetensors.torch import save
+
+    slots = {slot_of(name) for name in tensors}
+    if len(slots) != 1 or None in slots:
+        raise BackboneError(
+            f"one slot is exported at a time, got {sorted(str(slot) for slot in slots)}", where=folder.name
+        )
+    ranks = {str(layer_of(n)): int(t.shape[0]) for n, t in sorted(tensors.items()) if side_of(n) == "A"}
+    named = {
+        f"{_PREFIX}{layer_of(name)}.lora_{side_of(name)}.weight": value.detach().cpu().contiguous().clone()
+        for name, value in sorted(tensors.items())
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
+    text = json.dumps(_config(ranks, scale, base_name), indent=2, sort_keys=True)
+    _replace(folder / CONFIG, text.encode())
+
+
+def import_(folder: Path, *, slot: str, scale: float | None = None) -> dict[str, torch.Tensor]:
+    """Return the tensors of a PEFT LoRA folder under the names of ``slot``.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        slot: the slot the adapter goes to.
+        scale: the backbone's scale; a folder with another one has the ratio folded into ``B``.
+            None leaves the tensors as they are.
+
+    Raises:
+        BackboneError: files missing, pickled or damaged, or an adapter that is not plain LoRA.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        pickled = any(folder.glob("*.bin"))
+        raise BackboneError(
+            "the adapter is pickled and could run code" if pickled else f"there is no {WEIGHTS}",
+            where=str(folder),
+            fix="save it again as safetensors (PEFT's default)",
+        )
+    try:
+        stored = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(
+            f"{WEIGHTS} is damaged", where=str(folder), fix="export the adapter again"
+        ) from error
+    named = {}
+    for key, value in stored.items():
+        layer, found, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if not found or side not in ("A", "B"):
+            raise BackboneError(f"{key!r} is not a LoRA tensor", where=str(folder))
+        ratio = 1.0 if scale is None or side == "A" else _scale_of(config, layer) / scale
+        named[tensor_name(layer, "A" if side == "A" else "B", slot)] = value * ratio if ratio != 1 else value
+    return named
+
+
+def _config(ranks: Mapping[str, int], scale: float, base_name: str) -> dict[str, Any]:
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    other = {layer: rank for layer, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_name,
+        "r": common,
+        "lora_alpha": _whole(scale * common),
+        "rank_pattern": other,
+        "alpha_pattern": {layer: _whole(scale * rank) for layer, rank in other.items()},
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"{CONFIG} is missing or not JSON",
+            where=str(folder),
+            fix="give a folder that PEFT or Confrere wrote",
+        ) from error
+    if not isinstance(config, dict):
+        raise BackboneError(f"{CONFIG} is not an object", where=str(folder))
+    for key, allowed in _PLAIN.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise BackboneError(f"adapters with {key} = {config[key]!r} are not supported", where=str(folder))
+    return config
+
+
+def _scale_of(config: Mapping[str, Any], layer: str) -> float:
+    rank = (config.get("rank_pattern") or {}).get(layer, config["r"])
+    alpha = (config.get("alpha_pattern") or {}).get(layer, config["lora_alpha"])
+    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)

@@ -1,0 +1,150 @@
+"""LoRA slots on a frozen module; the only place that imports PEFT.
+
+A slot is one named low-rank branch, e.g. ``general``. All slots of a layer are summed:
+``y = W x + scale * sum_s B_s A_s x`` with ``A_s: (r_s, d_in)`` and ``B_s: (d_out, r_s)``.
+The name of a tensor is PEFT's own, slot included: ``<layer>.lora_A.<slot>.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from confrere.adapters.folder import export, import_
+from confrere.adapters.names import layer_of, side_of, slot_of, tensor_name
+from confrere.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from confrere.adapters.dropout import SeededDropout
+
+__all__ = [
+    "LoraSpec",
+    "export",
+    "import_",
+    "init",
+    "inject",
+    "layer_of",
+    "shapes",
+    "side_of",
+    "slot_of",
+    "tensor_name",
+]
+
+_SLOT = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    r"""Where adapters sit and how strongly they act; ranks belong to the tensors.
+
+    Args:
+        slots: names of the summed branches, lower-case identifiers; none leaves the backbone as it is.
+        blocks: the last ``blocks`` kept transformer blocks are adapted, at least 1.
+        targets: ``"qv"`` (query and value), ``"all"`` (every linear layer of a block) or a regular
+            expression that must match a layer's path inside its block, e.g. ``r"mlp\.fc[12]"``.
+        scale: factor on ``B A x``, the same for every rank (PEFT's ``lora_alpha / r``).
+        dropout: probability of dropping an input of ``A`` while training, in [0, 1).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    slots: tuple[str, ...]
+    blocks: int
+    targets: str = "qv"
+    scale: float = 2.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if len(set(self.slots)) != len(self.slots):
+            raise ConfigError(f"adapter slots must be distinct names, got {self.slots}", where="slots")
+        for slot in self.slots:
+            if not _SLOT.fullmatch(slot):
+                raise ConfigError(
+                    f"{slot!r} is not a slot name", where="slots", fix="use lower-case letters, digits and _"
+                )
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ConfigError(f"targets is not a regular expression: {error}", where="targets") from error
+        if self.blocks < 1:
+            raise ConfigError(f"blocks must be at least 1, got {self.blocks}", where="blocks")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}", where="dropout")
+        if not self.scale > 0:
+            raise ConfigError(f"scale must be positive, got {self.scale}", where="scale")
+
+
+def shapes(sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Return the shape of every adapter tensor.
+
+    Args:
+        sizes: ``(d_in, d_out)`` of each adapted layer.
+        ranks: rank of each slot, at least 1.
+
+    Raises:
+        ConfigError: a rank below 1.
+    """
+    named = {}
+    for slot, rank in ranks.items():
+        if rank < 1:
+            raise ConfigError(f"the rank of slot {slot!r} must be at least 1, got {rank}", where="rank")
+        for layer, (d_in, d_out) in sizes.items():
+            named[tensor_name(layer, "A", slot)] = (rank, d_in)
+            named[tensor_name(layer, "B", slot)] = (d_out, rank)
+    return named
+
+
+def init(shapes: Mapping[str, tuple[int, int]], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return first values: ``A`` uniform in ``±1/sqrt(d_in)``, ``B`` zero: the base model's function.
+
+    The bound is PEFT's default (Kaiming uniform with ``a = sqrt(5)``). Names are drawn in sorted order.
+
+    Raises:
+        ConfigError: a name that is no adapter tensor's.
+    """
+    import torch
+
+    values = {}
+    for name, shape in sorted(shapes.items()):
+        if side_of(name) == "A":
+            bound = shape[1] ** -0.5
+            values[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+        elif side_of(name) == "B":
+            values[name] = torch.zeros(shape)
+        else:
+            raise ConfigError(f"{name!r} is not the name of an adapter tensor", where="adapter")
+    return values
+
+
+def inject(module: nn.Module, layers: Sequence[str], spec: LoraSpec) -> list[SeededDropout]:
+    """Wrap ``layers`` of ``module`` in place with one PEFT branch per slot, all active and frozen.
+
+    The branches' own weights are rank-1 placeholders: callers always pass tensors by name
+    (:func:`torch.func.functional_call`), which is also why ranks may differ between slots and sites. Returns
+    the branches' dropouts.
+    """
+    import peft
+    import peft.functional
+
+    from confrere.adapters.dropout import replace_dropout
+
+    for slot in spec.slots:
+        config = peft.LoraConfig(
+            r=1, lora_alpha=spec.scale, lora_dropout=spec.dropout, target_modules=list(layers), bias="none"
+        )
+        with warnings.catch_warnings():
+            # Two slots on one module is the point here, not an accident.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            peft.inject_adapter_in_model(config, module, adapter_name=slot)
+    if spec.slots:
+        peft.functional.set_adapter(module, list(spec.slots))
+    module.requires_grad_(False)
+    module.eval()
+    return replace_dropout(module, layers, spec.dropout) if spec.slots and spec.dropout else []

@@ -1,0 +1,25 @@
+"""Frozen vision transformers: ``load(name, lora=LoraSpec(...)) -> Backbone``.
+
+Importing this package is cheap; PyTorch, transformers, timm and PEFT are imported when a backbone is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from confrere.backbones.registry import REGISTRY, Entry, entry, names
+
+if TYPE_CHECKING:
+    from confrere.backbones.backbone import Backbone
+    from confrere.backbones.loading import load
+
+__all__ = ["REGISTRY", "Backbone", "Entry", "entry", "load", "names"]
+
+_LAZY = {"Backbone": "confrere.backbones.backbone", "load": "confrere.backbones.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

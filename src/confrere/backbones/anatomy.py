@@ -1,0 +1,167 @@
+"""Where the parts of a vision transformer are: embedding, blocks, final norm, tokens.
+
+Shapes: B images, N tokens (class and register tokens first, then the patches row by row), D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from confrere.errors import BackboneError
+
+# transformers' model types whose blocks map tokens (B, N, D) to tokens, and where those blocks are.
+_BLOCKS = {
+    "dinov2": "encoder.layer",
+    "dinov2_with_registers": "encoder.layer",
+    "vit": "layers",
+    "vit_msn": "layers",
+    "deit": "layers",
+    "dinov3_vit": "model.layer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """The parts of one loaded module.
+
+    ``blocks_path`` is None for an architecture that cannot be cut: then ``whole`` maps normalised images
+    (B, 3, H, W) to features (B, F) and nothing is cached before it.
+    """
+
+    root: nn.Module
+    family: str
+    width: int
+    patch: tuple[int, int]
+    blocks_path: str | None = None
+    embed: Callable[[Tensor], Tensor] | None = None
+    norm: nn.Module | None = None
+    after_pool: nn.Module | None = None
+    prefix_tokens: int = 1
+    heads: int = 1
+    block_kwargs: dict[str, Any] = field(default_factory=dict)
+    whole: Callable[[Tensor], Tensor] | None = None
+    qv: str = r"attention\.(q_proj|v_proj)"
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks in order (empty when the module cannot be cut)."""
+        return list(self.root.get_submodule(self.blocks_path).children()) if self.blocks_path else []
+
+    def drop_blocks_after(self, depth: int) -> None:
+        """Remove the blocks from ``depth`` on; the paths of the others stay as they were."""
+        if self.blocks_path:
+            holder = self.root.get_submodule(self.blocks_path)
+            for index in range(depth, len(self.blocks)):
+                delattr(holder, str(index))
+
+
+def of_transformers(model: Any, image_size: tuple[int, int]) -> Anatomy:
+    """Return the anatomy of a transformers vision model for images of ``image_size`` (height, width)."""
+    config = model.config
+    family = str(config.model_type)
+    if family not in _BLOCKS:
+        return _whole_transformers(model, family)
+    resized = family in ("vit", "vit_msn", "deit")  # these interpolate positions only when asked
+
+    def embed(images: Tensor) -> Tensor:
+        tokens: Tensor = model.embeddings(images, **({"interpolate_pos_encoding": True} if resized else {}))
+        return tokens
+
+    registers = int(getattr(config, "num_register_tokens", 0) or 0)
+    kwargs: dict[str, Any] = {}
+    if family == "dinov3_vit":  # rotary positions depend on the image size only
+        with torch.no_grad():
+            kwargs["position_embeddings"] = model.rope_embeddings(torch.zeros(1, 3, *image_size))
+    return Anatomy(
+        root=model,
+        family=family,
+        width=int(config.hidden_size),
+        patch=_pair(config.patch_size),
+        blocks_path=_BLOCKS[family],
+        embed=embed,
+        norm=model.norm if family == "dinov3_vit" else model.layernorm,
+        prefix_tokens=1 + registers + (family == "deit"),
+        heads=int(config.num_attention_heads),
+        block_kwargs=kwargs,
+    )
+
+
+def drop_pooler(model: Any) -> bool:
+    """Remove the layer behind the tokens of a model that can be cut (features come from the tokens)."""
+    if str(model.config.model_type) not in _BLOCKS:
+        return False
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return True
+
+
+def of_timm(model: Any) -> Anatomy:
+    """Return the anatomy of a timm model built with ``num_classes=0``."""
+    if type(model).__name__ != "VisionTransformer" or model.attn_pool is not None:
+        return Anatomy(
+            root=model,
+            family=type(model).__name__,
+            width=int(model.num_features),
+            patch=(1, 1),
+            whole=model,
+            qv=r".*attn\.qkv",
+        )
+
+    def embed(images: Tensor) -> Tensor:
+        tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        return tokens
+
+    return Anatomy(
+        root=model,
+        family="timm VisionTransformer",
+        width=int(model.embed_dim),
+        patch=_pair(model.patch_embed.patch_size),
+        blocks_path="blocks",
+        embed=embed,
+        norm=model.norm,
+        after_pool=model.fc_norm,
+        prefix_tokens=int(model.num_prefix_tokens),
+        heads=int(model.blocks[0].attn.num_heads),
+        qv=r"attn\.qkv",  # timm fuses query, key and value in one layer
+    )
+
+
+def _whole_transformers(model: Any, family: str) -> Anatomy:
+    def whole(images: Tensor) -> Tensor:
+        output = model(pixel_values=images)
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        if pooled is None:
+            pooled = (
+                output.last_hidden_state.flatten(2).mean(2)
+                if output.last_hidden_state.ndim == 4
+                else (output.last_hidden_state.mean(1))
+            )
+        return pooled.flatten(1)
+
+    try:
+        with torch.no_grad():
+            size = int(getattr(model.config, "image_size", 224) or 224)
+            width = whole(torch.zeros(1, 3, size, size)).shape[1]
+    except Exception as error:
+        raise BackboneError(
+            f"models of type {family!r} are not supported",
+            where="backbone",
+            fix="use a DINOv2, DINOv3, ViT or DeiT model, or a vision model that maps images to features",
+        ) from error
+    return Anatomy(
+        root=model,
+        family=family,
+        width=width,
+        patch=(1, 1),
+        whole=whole,
+        qv=r".*\.(q_proj|v_proj|query|value)",
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,0 +1,288 @@
+"""A frozen vision transformer as a function of named tensors: ``logits(params, tokens)``.
+
+One module serves every site; nobody's tensors live in it. The blocks below ``cut`` never change, so
+``prefix`` can be computed once per image and kept.
+
+Shapes: B images, H and W pixels, N tokens, D channels, F features, K classes, h and w patches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from confrere.adapters import head, lora
+from confrere.backbones.anatomy import Anatomy
+from confrere.backbones.last_block import SHORTCUT_FAMILIES, class_token_only
+from confrere.backbones.registry import HALF, Entry
+from confrere.errors import BackboneError
+from confrere.tensors import Tensors
+
+
+class _Suffix(nn.Module):
+    """The adapted part as a module, so that one ``functional_call`` reaches every adapter tensor."""
+
+    def __init__(self, root: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.root = root
+        self._run = run
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self._run(tokens)
+
+
+class Backbone:
+    """A frozen transformer with LoRA slots in its last blocks; make one with :func:`confrere.backbones.load`.
+
+    Attributes:
+        name: what it was asked for, e.g. ``dinov2-small-imgfocus``.
+        digest: SHA-256 (hex) of the weights.
+        entry: licence, provenance, normalisation.
+        depth: number of blocks kept; the final norm follows the last one.
+        cut: index of the first adapted block (``depth`` without slots); the blocks before it are the
+            cacheable prefix.
+        image_size: (height, width) in pixels.
+        feature_dim: F, the width of a feature vector.
+        layers: module paths of the adapted linear layers.
+        scale: factor on every ``B A x``, whatever the rank.
+        anatomy: the frozen module and where its parts are.
+        shortcut: the last block computes only what the class token needs (same result, a fifth less work).
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        entry: Entry,
+        spec: lora.LoraSpec,
+        *,
+        digest: str,
+        depth: int,
+        image_size: tuple[int, int],
+        sizes: Mapping[str, tuple[int, int]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.name, self.digest, self.entry = entry.name, digest, entry
+        self.spec, self.scale, self.image_size = spec, spec.scale, image_size
+        self.depth = depth
+        self.cut = depth - (spec.blocks if spec.slots else 0) if anatomy.blocks_path else 0
+        self.pool = entry.pool
+        self.feature_dim = anatomy.width * (2 if self.pool == "cls+mean" and anatomy.blocks_path else 1)
+        self.device = torch.device(device)
+        self.shortcut = self.pool == "cls" and anatomy.family in SHORTCUT_FAMILIES
+        self.anatomy, self._sizes = anatomy, dict(sizes)
+        self.layers = tuple(self._sizes)
+        self.parameters = sum(p.numel() for p in anatomy.root.parameters())
+        self._dropouts = lora.inject(anatomy.root, self.layers, spec)
+        self._suffix = _Suffix(anatomy.root, self._run_suffix).eval().to(self.device)
+        self._blocks = anatomy.blocks
+        self._required = tuple(f"root.{name}" for name in self.adapter_shapes(dict.fromkeys(spec.slots, 1)))
+        mean, std = entry.mean or HALF, entry.std or HALF
+        self._gain = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(self.device)
+        self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(self.device)
+
+    @property
+    def prefix_digest(self) -> str:
+        """Return a SHA-256 over all that determines :meth:`prefix`: a key for caches of tokens."""
+        parts = (self.digest, self.cut, self.image_size, self.entry.mean, self.entry.std, self.anatomy.family)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def adapter_shapes(self, ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return the shape of every adapter tensor for one rank per slot.
+
+        Raises:
+            ConfigError: a rank below 1.
+        """
+        return lora.shapes(self._sizes, ranks)
+
+    def normalise(self, images: np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """Return images (B, H, W, 3) uint8 as normalised float32 (B, 3, H, W) on the backbone's device.
+
+        Raises:
+            BackboneError: another shape or type.
+        """
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images if images.flags.writeable else images.copy())
+        if (
+            images.ndim != 4
+            or tuple(images.shape[1:]) != (*self.image_size, 3)
+            or images.dtype != torch.uint8
+        ):
+            raise BackboneError(
+                f"images must be uint8 of shape (B, {self.image_size[0]}, {self.image_size[1]}, 3), "
+                f"got {images.dtype} {tuple(images.shape)}",
+                where=self.name,
+                fix="decode the images at the backbone's image_size",
+            )
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float()
+        return pixels.mul_(self._gain).add_(self._shift)
+
+    @torch.no_grad()
+    def prefix(self, images: np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """Return the tokens (B, N, D) that enter the first adapted block, float32, without gradient.
+
+        For an architecture that cannot be cut these are the normalised images (B, 3, H, W).
+
+        Raises:
+            BackboneError: images of another shape or type than (B, H, W, 3) uint8.
+        """
+        tokens = self.normalise(images)
+        if self.anatomy.embed is None:
+            return tokens
+        tokens = self.anatomy.embed(tokens)
+        for block in self._blocks[: self.cut]:
+            tokens = block(tokens, **self.anatomy.block_kwargs)
+        return tokens.contiguous()
+
+    def features(
+        self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return feature vectors (B, F) with gradient with respect to ``params``.
+
+        Args:
+            params: every slot's adapter tensors by canonical name; other names (the head) are ignored.
+            tokens: what :meth:`prefix` returned.
+            capture: if given, receives the input (B, N, d_in) of every adapted layer under the layer's path
+                (which takes the time that ``shortcut`` saves).
+
+        Raises:
+            BackboneError: an adapter tensor is missing.
+        """
+        given = {f"root.{name}": value for name, value in params.items() if lora.slot_of(name)}
+        missing = [name.removeprefix("root.") for name in self._required if name not in given]
+        if missing or len(given) > len(self._required):
+            self._refuse(missing, given)
+        with self._capturing(capture), self.full_last_block(capture is not None):
+            out: Tensor = torch.func.functional_call(self._suffix, given, (tokens,), tie_weights=False)
+        return out
+
+    def logits(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
+        """Return class scores (B, K): ``features @ head.weight.T + head.bias``.
+
+        Raises:
+            BackboneError: an adapter or head tensor is missing.
+        """
+        if head.WEIGHT not in params or head.BIAS not in params:
+            raise BackboneError("the head's tensors are missing", where=", ".join(head.NAMES))
+        features = self.features(params, tokens, capture=capture)
+        return nn.functional.linear(features, params[head.WEIGHT], params[head.BIAS])
+
+    @contextmanager
+    def dropout(self, generator: torch.Generator | None) -> Iterator[None]:
+        """Switch LoRA dropout on inside the ``with`` block, drawing from ``generator`` (None: leave it off).
+
+        The frozen module itself stays in evaluation mode always.
+        """
+        before = [layer.generator for layer in self._dropouts]
+        for layer in self._dropouts:
+            layer.generator = generator
+        try:
+            yield
+        finally:
+            for layer, old in zip(self._dropouts, before, strict=True):
+                layer.generator = old
+
+    @contextmanager
+    def full_last_block(self, active: bool = True) -> Iterator[None]:
+        """Compute every token of the last block inside the ``with`` block (see ``shortcut``)."""
+        before, self.shortcut = self.shortcut, self.shortcut and not active
+        try:
+            yield
+        finally:
+            self.shortcut = before
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says about the backbone (JSON-able)."""
+        return {
+            "name": self.name,
+            "source": self.entry.source,
+            "digest": self.digest,
+            "licence": self.entry.licence,
+            "provenance": self.entry.note,
+            "family": self.anatomy.family,
+            "depth": self.depth,
+            "width": self.anatomy.width,
+            "cut": self.cut,
+            "patch": list(self.anatomy.patch),
+            "image_size": list(self.image_size),
+            "pool": self.pool,
+            "feature_dim": self.feature_dim,
+            "parameters": self.parameters,
+            "adapted_layers": list(self.layers),
+            "scale": self.scale,
+        }
+
+    def attention(self, params: Tensors, tokens: Tensor) -> Tensor:
+        """Return where the last kept block looks: (B, h, w), non-negative, each map summing to 1.
+
+        It is the class token's attention to the patches, averaged over heads; for models without a class
+        token or of unknown inner layout, the patches' cosine similarity to the mean patch, clipped at 0.
+
+        Raises:
+            BackboneError: the architecture has no patch tokens.
+        """
+        from confrere.backbones.overlay import attention_map
+
+        return attention_map(self, params, tokens)
+
+    def _run_suffix(self, tokens: Tensor) -> Tensor:
+        if self.anatomy.whole is not None:
+            return self.anatomy.whole(tokens)
+        last = len(self._blocks) - 1
+        for index in range(self.cut, len(self._blocks)):
+            if index == last and self.shortcut:
+                tokens = class_token_only(self._blocks[index], tokens)
+            else:
+                tokens = self._blocks[index](tokens, **self.anatomy.block_kwargs)
+        return self._pool(tokens)
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        norm, after = self.anatomy.norm, self.anatomy.after_pool
+        if self.pool == "cls":
+            tokens = tokens[:, :1]  # the norm is per token: no need to normalise the others
+        tokens = norm(tokens) if norm is not None else tokens
+        patches = tokens[:, self.anatomy.prefix_tokens :]
+        if self.pool == "cls":
+            pooled = tokens[:, 0]
+        elif self.pool == "mean":
+            pooled = patches.mean(1)
+        else:
+            return torch.cat([tokens[:, 0], patches.mean(1)], dim=1)
+        return after(pooled) if after is not None else pooled
+
+    @contextmanager
+    def _capturing(self, capture: dict[str, Tensor] | None) -> Iterator[None]:
+        if capture is None:
+            yield
+            return
+        hooks = []
+        for path in self.layers:
+
+            def keep(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
+                capture[path] = inputs[0]
+
+            hooks.append(self.anatomy.root.get_submodule(path).register_forward_pre_hook(keep))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _refuse(self, missing: list[str], given: Mapping[str, Tensor]) -> None:
+        if missing:
+            slots = sorted({str(lora.slot_of(name)) for name in missing})
+            raise BackboneError(
+                f"{len(missing)} adapter tensors are missing, first {missing[0]}",
+                where=f"slots {', '.join(slots)}",
+                fix="pass every slot the backbone was loaded with; a slot of zeros changes nothing",
+            )
+        unknown = sorted(set(given) - set(self._required))
+        raise BackboneError(
+            f"{len(unknown)} adapter tensors do not belong to this backbone, first {unknown[0][5:]}",
+            fix=f"load the backbone with the slots, blocks and targets of the adapter (now {self.spec})",
+        )

@@ -1,0 +1,152 @@
+"""``load``: from a name or folder to a :class:`Backbone`, never by silent fall-back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from confrere.adapters.lora import LoraSpec
+from confrere.backbones.anatomy import Anatomy
+from confrere.backbones.backbone import Backbone
+from confrere.backbones.registry import REGISTRY, Entry, Pool, entry
+from confrere.errors import BackboneError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A module with its parts found, what is known about it and the digest of its weights."""
+
+    anatomy: Anatomy
+    entry: Entry
+    digest: str
+
+
+def load(
+    name: str | Path,
+    *,
+    lora: LoraSpec,
+    depth: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    pool: Pool | None = None,
+    sha256: str | None = None,
+    device: str = "cpu",
+) -> Backbone:
+    """Return a frozen backbone with the slots of ``lora`` in its last blocks.
+
+    Args:
+        name: a registered name; ``hf:<org/name>[@revision]``; ``timm:<model>`` or ``hf-hub:<org/name>``
+            (both read by timm); or a local folder with ``config.json`` and ``*.safetensors``.
+        lora: slots, adapted blocks and layers.
+        depth: keep the first ``depth`` blocks (default all); the final norm stays.
+        image_size: pixels, one side or (height, width); must be multiples of the patch size.
+        pool: the class token, the mean patch, or both side by side (default: the model's own).
+        sha256: refuse weights with another digest.
+        device: a torch device.
+
+    Raises:
+        BackboneError: unknown or unreachable weights, a wrong digest, pickled files, an unsupported
+            architecture, or sizes that do not fit.
+        MissingExtraError: the optional package that reads these weights is not installed.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    loaded = _read(str(name), size)
+    for expected in {sha256, loaded.entry.sha256} - {None}:
+        if loaded.digest != expected:
+            raise BackboneError(
+                f"the weights have SHA-256 {loaded.digest}, expected {expected}",
+                where=loaded.entry.source,
+                fix="fetch the weights again from a source you trust, or correct sha256",
+            )
+    known = replace(loaded.entry, pool=pool or loaded.entry.pool)
+    anatomy = loaded.anatomy
+    size = size or known.input_size or (224, 224)
+    _check_size(size, anatomy.patch, known.name)
+    if anatomy.blocks_path and "cls" in known.pool and anatomy.prefix_tokens == 0:
+        raise BackboneError("the model has no class token", where=known.name, fix="use pool = 'mean'")
+    kept = _check_depth(depth, len(anatomy.blocks), lora, known.name)
+    sizes = _targets(anatomy, kept, lora) if lora.slots else {}
+    anatomy.drop_blocks_after(kept)
+    return Backbone(
+        anatomy,
+        known,
+        lora,
+        digest=loaded.digest,
+        depth=kept,
+        image_size=size,
+        sizes=sizes,
+        device=device,
+    )
+
+
+def _read(name: str, size: tuple[int, int] | None) -> Loaded:
+    from confrere.backbones import hub, packaged
+
+    if name not in REGISTRY:
+        if name.startswith("hf:"):
+            return hub.transformers_hub(name, name.removeprefix("hf:"), size)
+        if name.startswith(("timm:", "hf-hub:")):
+            return hub.timm_hub(name, size)
+        if Path(name).is_dir() or "/" in name or name.startswith("."):
+            return hub.folder(Path(name), size)
+    known = entry(name)
+    if known.kind == "test":
+        return packaged.test_vit(known, size)
+    if known.kind == "package":
+        return packaged.imgfocus(known, size)
+    if known.kind == "timm":
+        return hub.timm_hub(f"hf-hub:{known.source}", size, known)
+    return hub.transformers_hub(name, known.source, size, known)
+
+
+def _check_size(size: tuple[int, int], patch: tuple[int, int], name: str) -> None:
+    if len(size) != 2 or min(size) < 1 or any(side % part for side, part in zip(size, patch, strict=True)):
+        near = tuple(max(part, round(side / part) * part) for side, part in zip(size, patch, strict=True))
+        raise BackboneError(
+            f"image size {size[0]}x{size[1]} is not a multiple of the patch size {patch[0]}x{patch[1]}",
+            where=name,
+            fix=f"use {near[0]}x{near[1]}",
+        )
+
+
+def _check_depth(depth: int | None, total: int, spec: LoraSpec, name: str) -> int:
+    if total == 0:
+        if depth is not None:
+            raise BackboneError("this architecture cannot be cut in depth", where=name, fix="leave depth out")
+        return 0
+    kept = total if depth is None else depth
+    if not 1 <= kept <= total:
+        raise BackboneError(f"depth {kept} is not within 1..{total}", where=name, fix=f"use at most {total}")
+    if spec.blocks > kept:
+        raise BackboneError(
+            f"{spec.blocks} blocks cannot be adapted when {kept} are kept",
+            where=name,
+            fix=f"use blocks <= {kept}",
+        )
+    return kept
+
+
+def _targets(anatomy: Anatomy, depth: int, spec: LoraSpec) -> dict[str, tuple[int, int]]:
+    pattern = {"qv": anatomy.qv, "all": ".*"}.get(spec.targets, spec.targets)
+    if anatomy.blocks_path is None:
+        parts = [("", anatomy.root)]
+    else:
+        chosen = range(depth - spec.blocks, depth)
+        parts = [(f"{anatomy.blocks_path}.{i}", anatomy.blocks[i]) for i in chosen]
+    sizes = {}
+    for path, part in parts:
+        for inner, layer in part.named_modules():
+            if isinstance(layer, nn.Linear) and re.fullmatch(pattern, inner):
+                sizes[f"{path}.{inner}".lstrip(".")] = (layer.in_features, layer.out_features)
+    if not sizes:
+        example = sorted(
+            inner for inner, layer in parts[-1][1].named_modules() if isinstance(layer, nn.Linear)
+        )
+        raise BackboneError(
+            f"targets {spec.targets!r} match no linear layer",
+            where=anatomy.family,
+            fix=f"a block has {', '.join(example[:12])}",
+        )
+    return sizes

@@ -1,0 +1,271 @@
+"""The command line: few verbs, every choice as ``key.path=value``. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from confrere.errors import ConfigError, ConfrereError, RunError
+
+app = typer.Typer(
+    name="confrere", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Hospitals fine-tune one frozen vision model together; each learns whether joining paid.",
+    epilog="Exit codes: 0 done, 2 wrong option or experiment, 3 data, 4 backbone, 5 run directory, 6 refused "
+    "update, 7 diverged, 8 missing package, 130 interrupted (resume continues).",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Check or fetch data; nothing is trained.")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, e.g. train.lr=1e-3", show_default=False)]
+Data = Annotated[Path, typer.Argument(help="folder of sites, CSV or federation.toml", show_default=False)]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where the generated images and the run go")] = Path("demo"),
+    backbone: Annotated[str, typer.Option(help="backbone")] = "dinov2-small-imgfocus",
+    overrides: Overrides = None,
+) -> None:
+    """Watch four generated hospitals fine-tune a real pretrained model together; needs no data."""
+    from confrere.demo import DEMO, make_demo_data
+
+    data = make_demo_data(out / "hospitals")
+    _say(
+        "[bold]Four hospitals, generated microscopy.[/] The images are synthetic (stain, illumination, resolution and "
+        "class mix differ by site; patients have several images): they show the mechanics, not medicine. "
+        "The backbone's weights are real and pretrained."
+    )
+    _run(data, out / "run", {**DEMO, "backbone": {**DEMO["backbone"], "name": backbone}}, overrides or [])
+
+
+@app.command()
+def run(
+    path: Annotated[Path, typer.Argument(help="folder of sites, CSV, federation.toml or experiment.toml")],
+    out: Annotated[Path, typer.Option(help="run directory, new or empty")],
+    overrides: Overrides = None,
+    method: Annotated[str | None, typer.Option(help="see `confrere methods`")] = None,
+    rounds: Annotated[int | None, typer.Option(help="federated rounds", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="of training", min=0)] = None,
+    backbone: Annotated[str | None, typer.Option(help="see `confrere backbones`")] = None,
+    hold_out: Annotated[str | None, typer.Option(help="a site that only tests the general model")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
+    quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
+) -> None:
+    """Train a method and its controls on hospitals' images and write the report."""
+    from confrere.config import read
+
+    values: dict[str, Any] = read(config) if config else {}
+    if path.suffix == ".toml" and path.is_file() and "path" in (found := read(path)):
+        values = {**found, **values}
+        path = Path(found["path"])
+    options = {"rounds": rounds, "seed": seed, "hold_out": hold_out}
+    values |= {key: value for key, value in options.items() if value is not None}
+    if method is not None:
+        values["method"] = {"name": method}
+    if backbone is not None:
+        values["backbone"] = {**values.get("backbone", {}), "name": backbone}
+    _run(path, out, values, overrides or [], quiet=quiet)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="directory of a run that was stopped")],
+    accept_drift: Annotated[bool, typer.Option(help="continue although packages or threads changed")] = False,
+) -> None:
+    """Continue a run that was stopped, to the bytes it would have had."""
+    from confrere.job import check_same
+
+    experiment = check_same(run, accept_drift=accept_drift)
+    _carry_out(experiment, run, quiet=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="directory of a run or comparison")]) -> None:
+    """Write report.html, report.json and card.md of a run anew."""
+    from confrere.report import write_report
+
+    _say(f"Report: [bold]{write_report(run)}[/]")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="directory of a finished run")],
+    images: Annotated[Path, typer.Argument(help="folder of images")],
+    site: Annotated[str, typer.Option(help="whose model")],
+    out: Annotated[Path, typer.Option(help="CSV to write")],
+    overlay: Annotated[int, typer.Option(help="also draw where the model looks, for the first N images", min=0)] = 0,
+) -> None:
+    """Write calibrated class probabilities of new images."""
+    from confrere.predict import predict_folder
+
+    count, problems = predict_folder(run, site, images, out, overlays=overlay)
+    for problem in problems:
+        _say(f"[yellow]left out[/] {problem}")
+    _say(f"{count} images, {len(problems)} left out: [bold]{out}[/]")
+
+
+@app.command()
+def compare(
+    path: Data,
+    methods: Annotated[str, typer.Option(help="comma-separated; the first is tested against the others")],
+    out: Annotated[Path, typer.Option(help="directory; finished runs in it are kept")],
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
+    jobs: Annotated[int, typer.Option(help="runs at a time, each in its own process", min=1)] = 1,
+    config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train several methods with several seeds and compare them fairly."""
+    from confrere.compare import compare as run_comparison
+    from confrere.config import override, read, validate
+    from confrere.progress import progress
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"{seeds!r} is not a list of numbers", where="--seeds", fix="--seeds 0,1,2") from None
+    values = {**(read(config) if config else {}), "path": str(path.resolve())}
+    experiment = validate(override(values, overrides or []))
+    with progress(quiet=False) as notify:
+        run_comparison(experiment, names, numbers, out, jobs=jobs, notify=notify)
+    _report(out, quiet=False)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """List the methods: what they send, keep and need."""
+    from confrere.listing import method_rows
+
+    _table(method_rows(), as_json)
+
+
+@app.command()
+def backbones(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """List the backbones known by name."""
+    from confrere.listing import backbone_rows
+
+    _table(backbone_rows(), as_json)
+
+
+@data_app.command("check")
+def data_check(
+    path: Data,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Say what is in PATH, what is wrong with it, and how it would be split."""
+    from confrere.config import override
+    from confrere.data.check import check, render_check
+    from confrere.data.options import DataOptions
+
+    found = check(path, DataOptions(**override({}, overrides or []).get("data", {})))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _console().print(render_check(found))
+
+
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="ham10000 or medmnist:<flag>, e.g. medmnist:bloodmnist")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    endpoint: Annotated[str | None, typer.Option(help="another server than the public one")] = None,
+) -> None:
+    """Fetch a public data set (needs internet)."""
+    from confrere.data.download import get
+
+    _say(f"Data: [bold]{get(name, out, endpoint=endpoint)}[/]")
+
+
+def main() -> None:
+    """Run the command line; errors are one message and a meaningful exit code, never a traceback."""
+    try:
+        app()
+    except ConfrereError as error:
+        typer.echo(f"confrere: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("confrere: interrupted; `confrere resume RUN` continues", err=True)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _run(path: Path, out: Path, values: dict[str, Any], overrides: list[str], *, quiet: bool = False) -> None:
+    from confrere.config import override, validate
+
+    if not path.exists():
+        raise ConfigError("no such file or folder", where=str(path), fix="give a folder of sites, a CSV or a TOML file")
+    experiment = validate(override({**values, "path": str(path.resolve())}, overrides))
+    target, source = out.resolve(), path.resolve()
+    if source.is_dir() and target.is_relative_to(source):
+        raise ConfigError("the run would be written into the data", where="--out", fix="choose a place outside PATH")
+    if (out / "experiment.toml").exists():
+        raise RunError("a run is already there", where=str(out), fix=f"confrere resume {out}, or another --out")
+    leftovers = {"splits.csv", "machine.json", "federation.json", ".lock", ".lock-holder"}
+    if out.is_file() or (out.is_dir() and {p.name for p in out.iterdir()} - leftovers):
+        raise RunError("the directory is not empty", where=str(out), fix="choose a new --out")
+    _carry_out(experiment, out, quiet=quiet)
+
+
+def _carry_out(experiment: Any, out: Path, *, quiet: bool) -> None:
+    from confrere.job import run_experiment
+    from confrere.progress import progress
+    from confrere.track import trackers
+
+    with progress(quiet=quiet) as notify, trackers(experiment.track, out) as track:
+
+        def both(event: dict[str, Any]) -> None:
+            notify(event)
+            track(event)
+
+        try:
+            found = run_experiment(experiment, out, notify=both)
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted; continue with: confrere resume {out}", err=True)
+            raise SystemExit(130) from None
+    if not quiet and found:
+        for by in found["sites"].values():
+            for entry in by.values():
+                _say(f"  {entry['sentence']}")
+        _say(f"[bold]{found['headline']}[/]")
+    if not quiet:
+        _report(out, quiet=quiet)
+
+
+def _report(out: Path, *, quiet: bool) -> None:
+    from confrere.report import write_report
+
+    path = write_report(out)
+    if not quiet:
+        _say(f"Report: [bold]{path}[/]")
+
+
+def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(", ".join(v) if isinstance(v, list) else str(v if v is not None else "") for v in row.values()))
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _say(text: str) -> None:
+    _console().print(text, soft_wrap=True)

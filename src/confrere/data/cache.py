@@ -1,0 +1,193 @@
+"""Decoded pixels on disk: each registered file is decoded once, later runs map the array into memory.
+
+An entry is ``<key>.npy`` (N, H, W, 3) uint8 with a JSON file beside it. The key covers the files' hashes and
+all that decides their pixels, so an entry is never out of date; it holds no file names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from confrere.data.decode import BadImageError, decode
+from confrere.errors import DataError
+
+CHANGED = "changed while it was read"
+UNREADABLE = "cannot be read"
+_VERSION = 1
+_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """What the data sheet needs of one picture; ``mean`` and ``square`` are of pixels in 0..1, by channel."""
+
+    digest: str
+    format: str
+    width: int
+    height: int
+    mean: tuple[float, float, float]
+    square: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One array, a fact for each of its rows (in order), and the hashes that do not decode, with reasons."""
+
+    images: NDArray[np.uint8]
+    facts: tuple[Fact, ...]
+    bad: Mapping[str, str]
+
+
+def workers() -> int:
+    """Return how many threads read and decode: Pillow and hashing release the interpreter's lock."""
+    return min(8, os.cpu_count() or 1)
+
+
+def decoded(cache: Path, files: Mapping[str, Path], size: tuple[int, int], *, max_pixels: int) -> Entry:
+    """Return the decoded pictures of ``{sha256: path}``, in the order of their hashes.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    digests = sorted(files)
+    head = f"{_VERSION}|{size[0]}x{size[1]}|{max_pixels}|pillow {PIL.__version__}|"
+    key = hashlib.sha256((head + "|".join(digests)).encode()).hexdigest()
+    found = _load(cache, key)
+    if found is not None:
+        return found
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(cache, key, [(digest, files[digest]) for digest in digests], size, max_pixels)
+    except OSError as error:
+        megabytes = len(files) * size[0] * size[1] * 3 / 1e6
+        raise DataError(
+            f"cannot write the image cache: {error.strerror}",
+            where=str(cache),
+            fix=f"free {megabytes:.0f} MB there, or choose another cache folder",
+        ) from error
+    fresh = _load(cache, key)
+    if fresh is None:
+        raise DataError("the image cache changed while it was written", where=str(cache), fix="run again")
+    return fresh
+
+
+def _load(cache: Path, key: str) -> Entry | None:
+    """Return a whole entry, or None when it is absent or damaged (it is then written anew)."""
+    try:
+        meta = json.loads((cache / f"{key}.json").read_text())
+        images = np.load(cache / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+        facts = tuple(
+            Fact(**(fact | {k: tuple(fact[k]) for k in ("mean", "square")})) for fact in meta["facts"]
+        )
+        whole = images.shape[0] == len(facts) and _checksum(images) == meta["crc32"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Entry(images=images, facts=facts, bad=meta["bad"]) if whole else None
+
+
+def _checksum(images: NDArray[np.uint8]) -> int:
+    crc = 0
+    for start in range(0, len(images), _BATCH):
+        crc = zlib.crc32(np.ascontiguousarray(images[start : start + _BATCH]).data, crc)
+    return crc
+
+
+def _write(
+    cache: Path, key: str, files: Sequence[tuple[str, Path]], size: tuple[int, int], limit: int
+) -> None:
+    facts: list[Fact] = []
+    bad: dict[str, str] = {}
+    crc = 0
+    shape = (len(files), *size, 3)
+    with tempfile.NamedTemporaryFile(dir=cache, prefix=".", suffix=".tmp", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            _header(file, shape)
+            for digest, result in _decode_all(files, size, limit):
+                if isinstance(result, str):
+                    bad[digest] = result
+                    continue
+                fact, pixels = result
+                facts.append(fact)
+                crc = zlib.crc32(pixels, crc)
+                file.write(pixels)
+            # NumPy leaves room in the header for the first axis to change: bad files take no row.
+            file.seek(0)
+            _header(file, (len(facts), *size, 3))
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(cache / f"{key}.npy")
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    meta = {"facts": [asdict(fact) for fact in facts], "bad": bad, "crc32": crc}
+    write_atomically(cache / f"{key}.json", json.dumps(meta))
+
+
+def _header(file: Any, shape: tuple[int, ...]) -> None:
+    fields = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
+
+
+def _decode_all(
+    files: Sequence[tuple[str, Path]], size: tuple[int, int], limit: int
+) -> Iterator[tuple[str, str | tuple[Fact, bytes]]]:
+    """Decode in order; a batch at a time, so that memory stays bounded."""
+    with ThreadPoolExecutor(workers()) as pool:
+        for start in range(0, len(files), _BATCH):
+            batch = files[start : start + _BATCH]
+            results = pool.map(lambda item: _one(item[0], item[1], size, limit), batch)
+            yield from zip((digest for digest, _ in batch), results, strict=True)
+
+
+def _one(digest: str, path: Path, size: tuple[int, int], limit: int) -> str | tuple[Fact, bytes]:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return UNREADABLE
+    if hashlib.sha256(data).hexdigest() != digest:
+        return CHANGED
+    try:
+        picture = decode(data, size, max_pixels=limit)
+    except BadImageError as error:
+        return str(error)
+    flat = picture.pixels.reshape(-1, 3)
+    values = np.stack([np.bincount(flat[:, channel], minlength=256) for channel in range(3)]) / len(flat)
+    levels = np.arange(256) / 255.0
+    mean, square = values @ levels, values @ levels**2
+    fact = Fact(
+        digest=digest,
+        format=picture.format,
+        width=picture.width,
+        height=picture.height,
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        square=(float(square[0]), float(square[1]), float(square[2])),
+    )
+    return fact, picture.pixels.tobytes()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either the old or the new contents; mode 0600."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,132 @@
+"""``confrere data check``: everything that can be said about the data before a run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from confrere.data.federation import build, examine
+from confrere.data.options import DataOptions
+from confrere.data.splits import NAMES
+from confrere.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_SIZE = (64, 64)
+_SHOWN = 20
+
+
+def check(path: Path, options: DataOptions, *, seed: int = 0) -> dict[str, Any]:
+    """Read, decode, split and describe the data without keeping anything.
+
+    Returns:
+        ``ok``; ``error`` (what, where, fix) or None; ``problems``: one {site, name, reason} a file that is
+        not used, with names for the local user only; and when ok: ``name``, ``synthetic``, ``classes``,
+        ``digest`` and ``sheet`` (see :attr:`confrere.data.federation.Federation.sheet`).
+    """
+    report: dict[str, Any] = {"ok": False, "error": None, "problems": []}
+    try:
+        with tempfile.TemporaryDirectory(prefix="confrere-check-") as cache:
+            listing, registration = examine(path, options, _SIZE, seed, Path(cache))
+        report["problems"] = [asdict(problem) for problem in registration.problems]
+        federation = build(listing, registration, options, seed, None)
+    except DataError as error:
+        return report | {"error": {"what": error.what, "where": error.where, "fix": error.fix}}
+    return report | {
+        "ok": True,
+        "name": federation.name,
+        "synthetic": federation.synthetic,
+        "classes": list(federation.classes),
+        "digest": federation.digest,
+        "sheet": federation.sheet,
+    }
+
+
+def render_check(report: dict[str, Any]) -> RenderableType:
+    """Return what ``confrere data check`` prints of a :func:`check` result, for rich."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    if "sheet" in report:
+        kind = " (synthetic, not from patients)" if report["synthetic"] else ""
+        parts.append(Text(f"{report['name']}{kind}", style="bold"))
+        parts += [_sites_table(report["sheet"]), _classes_table(report["sheet"], report["classes"])]
+        parts += [Text(f"Warning: {warning}", style="yellow") for warning in report["sheet"]["warnings"]]
+    if report["problems"]:
+        parts.append(_problems_table(report["problems"]))
+    if report["error"]:
+        error = report["error"]
+        where = f" [{error['where']}]" if error["where"] else ""
+        parts.append(Text(f"{error['what']}{where}", style="bold red"))
+        parts += [Text(f"Fix: {error['fix']}")] if error["fix"] else []
+    else:
+        parts.append(Text("The data can be used.", style="green"))
+    return Group(*parts)
+
+
+def _sites_table(sheet: dict[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="Sites", title_justify="left")
+    table.add_column("site")
+    for title in ("images", "patients", *NAMES, "width", "height", "mean R G B", "left out", "repeated"):
+        table.add_column(title, justify="right")
+    for name, site in sheet["sites"].items():
+        table.add_row(
+            name + (" *" if site["outlier"] else ""),
+            str(site["images"]),
+            str(site["patients"]),
+            *(str(site["splits"][split]["images"]) for split in NAMES),
+            _range(site["original_width"]),
+            _range(site["original_height"]),
+            " ".join(f"{value:.0f}" for value in site["channel_mean"]),
+            str(sum(site["bad_files"].values()) + site["conflicts"]),
+            str(site["duplicates"]),
+        )
+    return table
+
+
+def _classes_table(sheet: dict[str, Any], classes: list[str]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Images of each class: all (train / validation / test)", title_justify="left")
+    table.add_column("class")
+    for name in sheet["sites"]:
+        table.add_column(name, justify="right")
+    for label in classes:
+        cells = (site["classes"][label] for site in sheet["sites"].values())
+        # Text, not str: brackets in a class name are no markup.
+        table.add_row(Text(label), *(_cell(cell) for cell in cells))
+    return table
+
+
+def _cell(cell: dict[str, int]) -> str:
+    return f"{cell['total']} ({cell['train']} / {cell['val']} / {cell['test']})" if cell["total"] else "-"
+
+
+def _problems_table(problems: list[dict[str, str]]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Files not used: {len(problems)}", title_justify="left")
+    for title in ("site", "file", "reason"):
+        table.add_column(title)
+    for problem in problems[:_SHOWN]:
+        table.add_row(*(Text(_printable(problem[key])) for key in ("site", "name", "reason")))
+    if len(problems) > _SHOWN:
+        table.add_row("", f"and {len(problems) - _SHOWN} more", "")
+    return table
+
+
+def _printable(text: str) -> str:
+    """Return ``text`` without control characters: a file name must not steer the terminal."""
+    return "".join(char if char.isprintable() else "�" for char in text)
+
+
+def _range(ends: list[int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"

@@ -1,0 +1,233 @@
+"""The data of one experiment: its sites, their images and who is trained, validated and tested on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from confrere.data import partition, sheet, splits
+from confrere.data.images import Federation, SiteImages, StackedImages, pool
+from confrere.data.options import DataOptions
+from confrere.data.paths import check_class_name
+from confrere.data.register import DUPLICATE, Registration, hash_rows, register
+from confrere.data.sources import Listing, read_listing
+from confrere.errors import DataError
+
+__all__ = ["Federation", "SiteImages", "StackedImages", "load_federation", "pool"]
+
+
+def load_federation(
+    path: Path,
+    *,
+    options: DataOptions,
+    image_size: tuple[int, int],
+    seed: int,
+    cache: Path,
+    splits: Path | None = None,
+) -> Federation:
+    """Read, check, split and describe the data at ``path``.
+
+    Args:
+        path: folder ``<site>/<class>/<image>``, CSV table or ``federation.toml``.
+        options: what to do with them; ``options.image_size`` wins over ``image_size``.
+        image_size: (height, width) in pixels that every image is resized to cover and cut to.
+        seed: decides splits and partitions.
+        cache: folder of decoded images, made if needed.
+        splits: a ``site,sha256,split`` table: used if it exists, written if not.
+
+    Raises:
+        DataError: the data cannot be used as they are.
+    """
+    listing, registration = examine(path, options, image_size, seed, cache)
+    return build(listing, registration, options, seed, splits)
+
+
+def examine(
+    path: Path, options: DataOptions, image_size: tuple[int, int], seed: int, cache: Path
+) -> tuple[Listing, Registration]:
+    """List, hash, deal out and decode: all that finds unusable files, which the registration names."""
+    listing = _mapped(read_listing(path, options), options)
+    size = options.image_size or image_size
+    hashes, problems = hash_rows(listing.rows, max_pixels=options.max_pixels)
+    problems = [*listing.problems, *problems]
+    how = listing.partition or options.partition
+    if how is not None:
+        hashes, problems = partition.deal(hashes, problems, how, seed=seed)
+    return listing, register(hashes, problems, options, size, cache)
+
+
+def build(
+    listing: Listing, registration: Registration, options: DataOptions, seed: int, stored: Path | None
+) -> Federation:
+    """Refuse what cannot be used, split the rest and describe it."""
+    _refuse_unusable(registration, options)
+    classes = _classes(listing, registration)
+    sites = _split(_arrays(registration, classes), registration, options, seed, stored)
+    height, width = sites[0].images.shape[1:3]
+    return Federation(
+        name=listing.name,
+        classes=classes,
+        sites=sites,
+        image_size=(height, width),
+        synthetic=listing.synthetic,
+        sheet=_sheet(sites, registration, classes, options),
+        digest=_digest(classes, sites),
+    )
+
+
+def _mapped(listing: Listing, options: DataOptions) -> Listing:
+    names = {**listing.class_map, **options.class_map}
+    for name in names.values():
+        check_class_name(name, where="class_map")
+    unused = sorted(set(names) - {row.label for row in listing.rows})
+    if unused:
+        raise DataError(
+            f"class_map names {unused[0]!r}, which no image has",
+            where=listing.name,
+            fix=f"the classes in the data are {', '.join(sorted({row.label for row in listing.rows}))}",
+        )
+    rows = tuple(replace(row, label=names[row.label]) if row.label in names else row for row in listing.rows)
+    return replace(listing, rows=rows)
+
+
+def _refuse_unusable(registration: Registration, options: DataOptions) -> None:
+    used = {site.name for site in registration.sites if site.rows}
+    empty = sorted({problem.site for problem in registration.problems} - used)
+    if empty or not used:
+        counts = Counter(problem.reason for problem in registration.problems if problem.site in empty)
+        raise DataError(
+            f"no usable image at {', '.join(empty) or 'any site'} ({_tally(counts)})",
+            fix="`confrere data check` names the files; mend them, or leave the site out",
+        )
+    counts = Counter(problem.reason for problem in registration.problems if problem.reason != DUPLICATE)
+    if options.on_bad == "stop" and counts:
+        raise DataError(
+            f"{sum(counts.values())} files cannot be used ({_tally(counts)})",
+            fix='`confrere data check` names them; mend or remove them, or set on_bad = "skip"',
+        )
+
+
+def _tally(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
+
+
+def _classes(listing: Listing, registration: Registration) -> tuple[str, ...]:
+    found = sorted({row.label for site in registration.sites for row in site.rows})
+    if listing.classes is not None:
+        unknown = sorted(set(found) - set(listing.classes))
+        if unknown:
+            raise DataError(
+                f"the data have the class {unknown[0]!r}, which the list of classes lacks",
+                where=listing.name,
+                fix=f'add it to classes, or map it: [class_map] "{unknown[0]}" = "{listing.classes[0]}"',
+            )
+        return listing.classes
+    if len(found) < 2:
+        raise DataError(
+            "there is only one class", where=listing.name, fix="a classifier needs images of at least two"
+        )
+    return tuple(found)
+
+
+def _arrays(registration: Registration, classes: tuple[str, ...]) -> list[SiteImages]:
+    index = {name: i for i, name in enumerate(classes)}
+    sites = []
+    for files in registration.sites:
+        digests = tuple(fact.digest for fact in files.entry.facts)
+        sites.append(
+            SiteImages(
+                name=files.name,
+                images=files.entry.images,
+                labels=np.array([index[row.label] for row in files.rows], dtype=np.int64),
+                groups=np.array([registration.groups[digest] for digest in digests], dtype=np.int64),
+                digests=digests,
+                split=np.zeros(len(digests), dtype=np.int8),
+            )
+        )
+    return sites
+
+
+def _split(
+    sites: list[SiteImages], registration: Registration, options: DataOptions, seed: int, stored: Path | None
+) -> tuple[SiteImages, ...]:
+    keys = [(site.name, digest) for site in sites for digest in site.digests]
+    rows = {
+        (files.name, f.digest): r
+        for files in registration.sites
+        for f, r in zip(files.entry.facts, files.rows, strict=True)
+    }
+    groups = [int(group) for site in sites for group in site.groups]
+    if stored is not None and stored.exists():
+        chosen, where = splits.read_splits(stored, keys), stored.name
+    elif all(rows[key].split is not None for key in keys):
+        chosen, where = [splits.NAMES.index(rows[key].split or "train") for key in keys], "column split"
+    else:
+        chosen, where = _deal(sites, options, seed), "splits"
+    splits.check_groups(groups, chosen, where=where)
+    if stored is not None and not stored.exists():
+        splits.write_splits(stored, [(*key, split) for key, split in zip(keys, chosen, strict=True)])
+    flat = np.array(chosen, dtype=np.int8)
+    parts = np.split(flat, np.cumsum([len(site.labels) for site in sites])[:-1])
+    for site, part in zip(sites, parts, strict=True):
+        if not (part == splits.TRAIN).any():
+            raise DataError("no image is in train", where=f"site {site.name}", fix="change the split column")
+    return tuple(replace(site, split=part) for site, part in zip(sites, parts, strict=True))
+
+
+def _deal(sites: list[SiteImages], options: DataOptions, seed: int) -> list[int]:
+    """Split by group; a group's key is its smallest file hash, which no renaming or reordering changes."""
+    key: dict[int, str] = {}
+    members: dict[str, list[splits.Stratum]] = defaultdict(list)
+    for site in sites:
+        for group, digest in zip(site.groups.tolist(), site.digests, strict=True):
+            key[group] = min(key.get(group, digest), digest)
+    for site in sites:
+        for group, label in zip(site.groups.tolist(), site.labels.tolist(), strict=True):
+            members[key[group]].append((site.name, label))
+    result = splits.assign(members, val=options.val, test=options.test, seed=seed)
+    return [result[key[int(group)]] for site in sites for group in site.groups]
+
+
+def _sheet(
+    sites: Sequence[SiteImages], registration: Registration, classes: tuple[str, ...], options: DataOptions
+) -> dict[str, Any]:
+    by_site = {
+        site.name: sheet.site_sheet(
+            files.entry.facts,
+            site.labels,
+            site.groups,
+            site.split,
+            classes,
+            [problem for problem in registration.problems if problem.site == site.name],
+        )
+        for site, files in zip(sites, registration.sites, strict=True)
+    }
+    warnings = sheet.class_warnings(by_site, classes, options.min_per_class) + sheet.site_warnings(by_site)
+    if registration.shared_pictures:
+        warnings.append(f"{registration.shared_pictures} pictures occur at more than one site.")
+    if registration.shared_patients:
+        warnings.append(
+            f"{registration.shared_patients} patients (by name) occur at more than one site; each counts as "
+            "one person and is in the same split everywhere."
+        )
+    return {
+        "sites": by_site,
+        "warnings": warnings,
+        "shared_pictures": registration.shared_pictures,
+        "shared_patients": registration.shared_patients,
+    }
+
+
+def _digest(classes: tuple[str, ...], sites: Sequence[SiteImages]) -> str:
+    sha = hashlib.sha256(json.dumps(classes).encode())
+    for site in sites:
+        rows = [site.digests, site.labels.tolist(), site.groups.tolist(), site.split.tolist()]
+        sha.update(json.dumps([site.name, *rows]).encode())
+    return sha.hexdigest()

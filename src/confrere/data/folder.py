@@ -1,0 +1,97 @@
+"""Folders ``<site>/<class>/<image>``; the patient stands before ``__`` in a file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from confrere.data import table
+from confrere.data.paths import Root, check_class_name, check_site_name, is_ignored
+from confrere.data.sources import Listing, Problem, Row
+from confrere.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
+_TREE = """arrange the images like this (the part before __ names the patient and is optional):
+    hospitals/
+      st_mary/
+        melanoma/  p012__1.png  p012__2.png
+        naevus/    p031__1.png
+      riverside/
+        naevus/    p107__1.jpg"""
+_POOLED_TREE = _TREE.replace("      st_mary/\n", "").replace(
+    "      riverside/\n        naevus/    p107__1.jpg", ""
+)
+
+
+def read_folder(root: Path, *, pooled: bool = False) -> Listing:
+    """List a folder of sites, or of classes when ``pooled``.
+
+    Raises:
+        DataError: the tree does not have exactly these levels, or a name cannot be used.
+    """
+    patients = table.read_patients(root / "patients.csv") if (root / "patients.csv").is_file() else {}
+    guard = Root(root)
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    sites = [("", root)] if pooled else [(entry.name, entry) for entry in _folders(root, guard, _TREE)]
+    for site, folder in sites:
+        if not pooled:
+            check_site_name(site, where=root.name)
+        _read_site(guard, site, folder, patients, rows, problems)
+    if not sites or not rows:
+        raise DataError("no image found", where=root.name, fix=_POOLED_TREE if pooled else _TREE)
+    synthetic = (root / "SYNTHETIC.txt").is_file()
+    return Listing(name=root.resolve().name, rows=tuple(rows), problems=tuple(problems), synthetic=synthetic)
+
+
+def read_site(folder: Path, site: str) -> Listing:
+    """List one site's folder of classes."""
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    _read_site(Root(folder), site, folder, {}, rows, problems)
+    return Listing(name=site, rows=tuple(rows), problems=tuple(problems))
+
+
+def _read_site(
+    root: Root,
+    site: str,
+    folder: Path,
+    patients: dict[str, str],
+    rows: list[Row],
+    problems: list[Problem],
+) -> None:
+    tree = _TREE if site else _POOLED_TREE
+    before = len(rows) + len(problems)
+    for folder_of_class in _folders(folder, root, tree):
+        label = check_class_name(folder_of_class.name, where=site or root.path.name)
+        for path in sorted(folder_of_class.iterdir()):
+            if is_ignored(path.name):
+                continue
+            name = path.relative_to(folder).as_posix()
+            if not root.holds(path):
+                problems.append(Problem(site=site, name=name, reason="link leading out of the folder"))
+                continue
+            if path.is_dir():
+                raise DataError("a class folder holds another folder", where=f"{site}/{label}", fix=tree)
+            patient = patients.get(path.relative_to(root.path).as_posix()) or _prefix(path.name)
+            rows.append(Row(path=path, name=name, site=site, label=label, patient=patient))
+    if len(rows) + len(problems) == before:
+        problems.append(Problem(site=site, name=site, reason="no file in a class folder"))
+
+
+def _folders(folder: Path, root: Root, tree: str) -> Iterator[Path]:
+    """Yield the folders of one level; images at this level mean that a level is missing."""
+    for path in sorted(folder.iterdir()):
+        if is_ignored(path.name):
+            continue
+        if not root.holds(path):
+            raise DataError("a folder is a link that leads out of the data", where=folder.name, fix=tree)
+        if path.is_dir():
+            yield path
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            raise DataError("an image lies where only folders are expected", where=folder.name, fix=tree)
+
+
+def _prefix(name: str) -> str | None:
+    before, mark, _ = name.partition("__")
+    return before if mark and before else None

@@ -1,0 +1,113 @@
+"""Sites and federations as values: arrays of images, labels, patients and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confrere.data import splits
+from confrere.data.paths import check_site_name
+from confrere.data.sources import SplitName
+from confrere.errors import DataError
+
+
+class StackedImages:
+    """Several image arrays read as one, without copying them together."""
+
+    def __init__(self, parts: Sequence[NDArray[np.uint8] | StackedImages]) -> None:
+        self._parts = tuple(parts)
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.shape: tuple[int, ...] = (int(self._starts[-1]), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the images at ``rows`` (B,) as (B, H, W, 3), in that order."""
+        rows = np.arange(len(self))[rows]
+        images = np.empty((*rows.shape, *self.shape[1:]), dtype=np.uint8)
+        part = np.searchsorted(self._starts, rows, side="right") - 1
+        for index in np.unique(part):
+            here = part == index
+            images[here] = self._parts[index][rows[here] - self._starts[index]]
+        return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteImages:
+    """One site's usable images in the order of their hashes, and what is known of each.
+
+    Attributes:
+        name: 1 to 64 of ``a-z 0-9 _ -``.
+        images: (N, H, W, 3) uint8, mapped from disk; index it with an integer array.
+        labels: (N,) int64, index into :attr:`Federation.classes`.
+        groups: (N,) int64, opaque patient number, the same for a patient at every site.
+        digests: SHA-256 of each file, hexadecimal.
+        split: (N,) int8; 0 train, 1 validation, 2 test.
+    """
+
+    name: str
+    images: NDArray[np.uint8] | StackedImages
+    labels: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    digests: tuple[str, ...]
+    split: NDArray[np.int8]
+
+    def __post_init__(self) -> None:
+        check_site_name(self.name)
+
+    def indices(self, split: SplitName) -> NDArray[np.int64]:
+        """Return the rows of one split, ascending."""
+        return np.flatnonzero(self.split == splits.NAMES.index(split))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """All sites of an experiment.
+
+    Attributes:
+        name: shown in reports.
+        classes: names, in the order of the labels.
+        sites: by name.
+        image_size: (height, width) in pixels.
+        synthetic: generated, not from patients.
+        sheet: the data sheet, JSON-able, without names of files or patients.
+        digest: SHA-256 over classes, sites, file hashes, labels, groups and splits.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    sites: tuple[SiteImages, ...]
+    image_size: tuple[int, int]
+    synthetic: bool
+    sheet: dict[str, Any]
+    digest: str
+
+    def site(self, name: str) -> SiteImages:
+        """Return the site called ``name``.
+
+        Raises:
+            DataError: there is none.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        known = ", ".join(site.name for site in self.sites)
+        raise DataError(f"there is no site {name!r}", where=self.name, fix=f"the sites are {known}")
+
+
+def pool(federation: Federation, name: str = "pooled") -> SiteImages:
+    """Return all sites' rows as one site, in the order of the sites; images are not copied."""
+    sites = federation.sites
+    return SiteImages(
+        name=name,
+        images=StackedImages([site.images for site in sites]),
+        labels=np.concatenate([site.labels for site in sites]),
+        groups=np.concatenate([site.groups for site in sites]),
+        digests=tuple(digest for site in sites for digest in site.digests),
+        split=np.concatenate([site.split for site in sites]),
+    )

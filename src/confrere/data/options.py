@@ -1,0 +1,60 @@
+"""What a user may choose about the data: plain, frozen, checked values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Partition(BaseModel):
+    """How one pooled set is dealt out to simulated sites, always by patient.
+
+    ``attribute`` makes one site of each value of the table's ``column``; ``dirichlet`` skews the classes
+    (smaller ``alpha``: stronger skew); ``quantity`` skews the number of patients.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: Literal["attribute", "dirichlet", "quantity"]
+    column: str | None = None
+    alpha: float = Field(default=0.5, gt=0, le=1e6, allow_inf_nan=False)
+    sites: int = Field(default=4, ge=2, le=1000)
+
+    @model_validator(mode="after")
+    def _column_when_needed(self) -> Partition:
+        if (self.by == "attribute") != (self.column is not None):
+            raise ValueError('give column exactly when by = "attribute"')
+        return self
+
+
+class DataOptions(BaseModel):
+    """Options of reading, checking and splitting.
+
+    Attributes:
+        val: share of each site's images kept for validation, 0 to 0.5.
+        test: share kept for the final test, 0 to 0.6.
+        image_size: (height, width) in pixels; None takes what the backbone wants.
+        max_pixels: an image with more is refused before it is decoded.
+        min_per_class: classes with fewer images over all sites are kept but reported.
+        on_bad: leave unusable files out, or stop at them.
+        class_map: other name of a class -> its name, the same for all sites.
+        partition: set for one pooled set; None when the data name their sites.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    val: float = Field(default=0.15, ge=0, le=0.5)
+    test: float = Field(default=0.2, ge=0, le=0.6)
+    image_size: tuple[int, int] | None = None
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    min_per_class: int = Field(default=3, ge=1)
+    on_bad: Literal["skip", "stop"] = "skip"
+    class_map: dict[str, str] = {}
+    partition: Partition | None = None
+
+    @model_validator(mode="after")
+    def _some_training(self) -> DataOptions:
+        if self.val + self.test > 0.8:
+            raise ValueError("val + test must leave at least 0.2 for training")
+        return self

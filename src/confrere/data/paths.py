@@ -1,0 +1,122 @@
+"""The one guard that every path and name from a file passes before it is used."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from confrere.errors import DataError
+
+SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# A drive letter, a scheme such as file: or https:, or a home directory.
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|~")
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+class Root:
+    """A folder that no path may leave; links are followed, so a link that leads out is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._real = os.path.realpath(path)
+
+    def join(self, name: str) -> Path:
+        """Return the file called ``name``, a relative path with ``/``; whether it exists is not checked.
+
+        Raises:
+            ValueError: the reason, without the name (which may hold a patient's).
+        """
+        if not name or any(unicodedata.category(char) == "Cc" for char in name):
+            raise ValueError("path is empty or holds control characters")
+        if "\\" in name:
+            raise ValueError("path holds a backslash; write / between folders")
+        if name.startswith("/") or _ELSEWHERE.match(name):
+            raise ValueError("path is absolute, a URL or a home directory; write it relative to the table")
+        parts = name.split("/")
+        if ".." in parts or any(_DEVICES.fullmatch(part.strip()) for part in parts):
+            raise ValueError("path leaves its folder or names a device")
+        if len(name) > 1024 or any(len(part.encode(errors="replace")) > 255 for part in parts):
+            raise ValueError("path is too long")
+        path = self.path / name
+        if not self.holds(path):
+            raise ValueError("link leads out of the folder")
+        return path
+
+    def holds(self, path: Path) -> bool:
+        """Return whether ``path``, its links followed, lies in this folder."""
+        real = os.path.realpath(path)
+        return real == self._real or real.startswith(self._real.rstrip("/") + os.sep)
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether ``path`` is an ordinary file: opening a pipe or a device could hang."""
+    return stat.S_ISREG(path.stat().st_mode)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a draft that becomes ``out`` when all went well, so that ``out`` is whole or absent.
+
+    Raises:
+        DataError: ``out`` is a file or holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError("the folder is not empty", where=str(out), fix="remove it, or choose another one")
+    draft = out.with_name(f".{out.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if out.exists():
+            out.rmdir()
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a file or folder is what operating systems leave behind."""
+    return name.startswith(".") or name.lower() in {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+def slug(text: str) -> str:
+    """Return the nearest valid site name, e.g. ``"St. Mary (old)"`` gives ``"st_mary_old"``."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9-]+", "_", plain).strip("_-")[:64] or "site"
+
+
+def check_site_name(name: str, where: str = "") -> str:
+    """Return ``name`` if it can name a site on every file system.
+
+    Raises:
+        DataError: anything but 1 to 64 of ``a-z 0-9 _ -``.
+    """
+    if not SLUG.fullmatch(name) or _DEVICES.fullmatch(name):
+        raise DataError(
+            f"{name[:80]!r} cannot name a site: use 1 to 64 of a-z, 0-9, _ and -",
+            where=where,
+            fix=f"rename it, e.g. to {slug(name)!r}",
+        )
+    return name
+
+
+def check_class_name(name: str, where: str = "") -> str:
+    """Return ``name`` if it can stand in tables and file names.
+
+    Raises:
+        DataError: empty, longer than 64, control characters, slashes, or a spreadsheet formula.
+    """
+    bad = [char for char in name if unicodedata.category(char)[0] == "C" or char in "/\\"]
+    if not name.strip() or len(name) > 64 or bad or name[0] in "=+@":
+        raise DataError(
+            "a class name is empty, too long, or holds slashes, control characters or a formula",
+            where=where,
+            fix="use 1 to 64 printable characters",
+        )
+    return name

@@ -1,0 +1,163 @@
+"""From listed files to registered ones: hashed, decoded, each picture once, each patient one number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from confrere.data.cache import UNREADABLE, Entry, decoded, workers
+from confrere.data.decode import BYTES_PER_PIXEL, EMPTY, LARGE
+from confrere.data.options import DataOptions
+from confrere.data.paths import is_regular
+from confrere.data.sources import Problem, Row
+
+MISSING = "no such file"
+SPECIAL = "not an ordinary file"
+CONFLICT = "the same picture has two labels"
+DUPLICATE = "the same picture again at this site"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFiles:
+    """One site's usable files in the order of their hashes: row i of ``entry`` is ``rows[i]``."""
+
+    name: str
+    rows: tuple[Row, ...]
+    entry: Entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """All usable files, the unusable ones, and ``groups``: hash -> opaque patient number."""
+
+    sites: tuple[SiteFiles, ...]
+    problems: tuple[Problem, ...]
+    groups: Mapping[str, int]
+    duplicates: Mapping[str, int]
+    shared_pictures: int
+    shared_patients: int
+
+
+def hash_rows(rows: Iterable[Row], *, max_pixels: int) -> tuple[dict[Row, str], list[Problem]]:
+    """Return the SHA-256 of every readable file, and a problem for each other one."""
+    ordered = sorted(rows, key=lambda row: (row.site, row.name, row.label))
+    with ThreadPoolExecutor(workers()) as pool:
+        results = list(pool.map(lambda row: _hash(row.path, max_pixels * BYTES_PER_PIXEL), ordered))
+    hashes = {row: digest for row, (digest, _) in zip(ordered, results, strict=True) if digest}
+    problems = [
+        Problem(site=row.site, name=row.name, reason=reason)
+        for row, (_, reason) in zip(ordered, results, strict=True)
+        if reason
+    ]
+    return hashes, problems
+
+
+def _hash(path: Path, max_bytes: int) -> tuple[str, str]:
+    try:
+        if not is_regular(path):
+            return "", SPECIAL
+        n_bytes = path.stat().st_size
+        if n_bytes == 0:
+            return "", EMPTY
+        # Bounded memory, whatever lies in the folder; small limits still leave room for headers.
+        if n_bytes > max_bytes + 1_000_000:
+            return "", LARGE
+        return hashlib.sha256(path.read_bytes()).hexdigest(), ""
+    except FileNotFoundError:
+        return "", MISSING
+    except OSError:
+        return "", UNREADABLE
+
+
+def register(
+    hashes: Mapping[Row, str],
+    problems: Sequence[Problem],
+    options: DataOptions,
+    size: tuple[int, int],
+    cache: Path,
+) -> Registration:
+    """Drop conflicts and repetitions, decode the rest, and number the patients.
+
+    Args:
+        hashes: from :func:`hash_rows`, with final sites and labels.
+        problems: found so far; the result has these and the new ones.
+        options: ``max_pixels`` is used.
+        size: (height, width) in pixels.
+        cache: folder of decoded arrays.
+    """
+    found = list(problems)
+    groups = number_groups(hashes)
+    kept = _drop_conflicts(hashes, found)
+    chosen: dict[str, dict[str, Row]] = {row.site: {} for row in hashes}
+    duplicates: dict[str, int] = defaultdict(int)
+    for row, digest in kept.items():
+        if digest in chosen[row.site]:
+            duplicates[row.site] += 1
+            found.append(Problem(site=row.site, name=row.name, reason=DUPLICATE))
+        else:
+            chosen[row.site][digest] = row
+    sites = []
+    for name, files in sorted(chosen.items()):
+        entry = decoded(
+            cache, {digest: row.path for digest, row in files.items()}, size, max_pixels=options.max_pixels
+        )
+        found += [Problem(site=name, name=files[d].name, reason=why) for d, why in entry.bad.items()]
+        rows = tuple(files[fact.digest] for fact in entry.facts)
+        sites.append(SiteFiles(name=name, rows=rows, entry=entry))
+    return Registration(
+        sites=tuple(sites),
+        problems=tuple(sorted(found, key=lambda p: (p.site, p.name, p.reason))),
+        groups=groups,
+        duplicates=dict(duplicates),
+        shared_pictures=_shared({site.name: {f.digest for f in site.entry.facts} for site in sites}),
+        shared_patients=_shared({site.name: {r.patient for r in site.rows if r.patient} for site in sites}),
+    )
+
+
+def _drop_conflicts(hashes: Mapping[Row, str], problems: list[Problem]) -> dict[Row, str]:
+    labels: dict[str, set[str]] = defaultdict(set)
+    for row, digest in hashes.items():
+        labels[digest].add(row.label)
+    problems += [
+        Problem(site=row.site, name=row.name, reason=CONFLICT)
+        for row, d in hashes.items()
+        if len(labels[d]) > 1
+    ]
+    return {row: digest for row, digest in hashes.items() if len(labels[digest]) == 1}
+
+
+def number_groups(hashes: Mapping[Row, str]) -> dict[str, int]:
+    """Return hash -> patient number; pictures that share a patient or a hash get one number.
+
+    Patients of one name at two sites count as one person: wrong at worst, it moves no one from train to
+    test. Numbers follow the smallest hash of each patient, so neither order nor names show in them.
+    """
+    parent: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        while parent.setdefault(node, node) != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for row, digest in hashes.items():
+        one, other = root(f"sha:{digest}"), root(f"patient:{row.patient}" if row.patient else f"sha:{digest}")
+        parent[max(one, other)] = min(one, other)
+    first: dict[str, str] = {}
+    for digest in sorted(set(hashes.values())):
+        first.setdefault(root(f"sha:{digest}"), digest)
+    number = {node: index for index, node in enumerate(sorted(first, key=lambda node: first[node]))}
+    return {digest: number[root(f"sha:{digest}")] for digest in set(hashes.values())}
+
+
+def _shared(by_site: Mapping[str, set[str]] | Mapping[str, set[str | None]]) -> int:
+    """Return how many items occur at more than one site."""
+    seen: dict[str | None, int] = defaultdict(int)
+    for items in by_site.values():
+        for item in items:
+            seen[item] += 1
+    return sum(count > 1 for count in seen.values())

@@ -1,0 +1,76 @@
+"""What every source of images yields: rows that point to files, and what could not become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from confrere.data.options import DataOptions, Partition
+from confrere.errors import DataError
+
+SplitName = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One labelled file. ``name`` is shown to the local user only; ``patient`` never leaves this package."""
+
+    path: Path
+    name: str
+    site: str
+    label: str
+    patient: str | None = None
+    split: SplitName | None = None
+    attribute: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One file that is not used, and why; ``name`` is shown to the local user only."""
+
+    site: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """All files of a federation before any is opened; ``site`` is empty in a set that is still pooled."""
+
+    name: str
+    rows: tuple[Row, ...]
+    problems: tuple[Problem, ...] = ()
+    classes: tuple[str, ...] | None = None
+    class_map: Mapping[str, str] = field(default_factory=dict)
+    partition: Partition | None = None
+    synthetic: bool = False
+
+
+def read_listing(path: Path, options: DataOptions) -> Listing:
+    """List the files of ``path``: a folder, a CSV table or a ``federation.toml``.
+
+    Raises:
+        DataError: the path does not exist or is none of these, or its contents do not fit.
+    """
+    from confrere.data import folder, manifest, table
+
+    if path.is_dir():
+        if (path / "federation.toml").is_file():
+            return manifest.read_manifest(path / "federation.toml")
+        return folder.read_folder(path, pooled=options.partition is not None)
+    if not path.is_file():
+        raise DataError("there is no such folder or file", where=path.name, fix="check the path of the data")
+    if path.suffix.lower() == ".toml":
+        return manifest.read_manifest(path)
+    if path.suffix.lower() == ".csv":
+        partition = options.partition
+        return table.read_table(
+            path, pooled=partition is not None, column=partition.column if partition else None
+        )
+    raise DataError(
+        f"a {path.suffix or 'file without a suffix'} is not a federation",
+        where=path.name,
+        fix="give a folder <site>/<class>/<image>, a .csv table or a federation.toml",
+    )

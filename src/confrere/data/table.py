@@ -1,0 +1,150 @@
+"""Tables: one row an image (``path,label,site,patient`` or ``lesion``, optionally ``split``)."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from confrere.data.paths import Root, check_class_name, check_site_name, slug
+from confrere.data.sources import Listing, Row, SplitName
+from confrere.errors import DataError
+
+_SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+_SHOWN = 5
+T = TypeVar("T")
+
+
+def read_table(
+    path: Path, *, pooled: bool = False, column: str | None = None, site: str | None = None
+) -> Listing:
+    """List the rows of a CSV file; image paths are relative to it.
+
+    Args:
+        path: the table.
+        pooled: the rows name no site yet (a partition will).
+        column: further column to keep, for a partition by attribute.
+        site: all rows belong to this site and a ``site`` column is not read.
+
+    Raises:
+        DataError: encoding, header, a missing column or cell, or a path that leaves the folder, by line.
+    """
+    needed = ["path", "label"]
+    needed += ["site"] if not pooled and site is None else []
+    needed += [column.strip().lower()] if column else []
+    root = Root(path.parent)
+    rows = tuple(_collect(path, needed, lambda cells: _row(root, cells, pooled, column, site)))
+    if not rows:
+        raise DataError(
+            "the table has no rows", where=path.name, fix="write one line an image below the header"
+        )
+    if len({row.split is None for row in rows}) == 2:
+        raise DataError("only some rows have a split", where=path.name, fix="fill the column, or remove it")
+    return Listing(name=slug(path.stem), rows=rows)
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Return ``{file: patient}`` of a ``patients.csv`` with the columns ``file`` and ``patient``."""
+    root = Root(path.parent)
+
+    def pair(cells: dict[str, str]) -> tuple[str, str]:
+        root.join(cells["file"])
+        return cells["file"], cells["patient"]
+
+    return dict(_collect(path, ["file", "patient"], pair))
+
+
+def _row(root: Root, cells: dict[str, str], pooled: bool, column: str | None, site: str | None) -> Row:
+    split = cells.get("split", "").lower()
+    if split and split not in _SPLITS:
+        raise ValueError("split is not train, val or test")
+    label = check_class_name(cells["label"])
+    return Row(
+        path=root.join(cells["path"]),
+        name=cells["path"],
+        site="" if pooled else site if site is not None else check_site_name(cells["site"]),
+        label=label,
+        patient=cells.get("patient") or cells.get("lesion") or None,
+        split=_SPLITS[split] if split else None,
+        attribute=cells[column.strip().lower()] if column else None,
+    )
+
+
+def _collect(path: Path, needed: list[str], make: Callable[[dict[str, str]], T]) -> list[T]:
+    """Turn every line into a ``T``; faults of up to five lines are reported together."""
+    made: list[T] = []
+    faults: list[str] = []
+    for line, cells in read_rows(path, needed):
+        try:
+            empty = [name for name in needed if not cells[name]]
+            if empty:
+                raise ValueError(f"{empty[0]} is empty")
+            made.append(make(cells))
+        except ValueError as error:
+            faults.append(f"line {line}: {error}")
+        except DataError as error:
+            faults.append(f"line {line}: {error.what}")
+        if len(faults) == _SHOWN:
+            break
+    if faults:
+        raise DataError("; ".join(faults), where=path.name, fix="mend these lines")
+    return made
+
+
+def read_rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield ``(line number, {column: cell})``; column names are lower case, blank lines are skipped.
+
+    Raises:
+        DataError: not UTF-8, a broken or repeated header, a column missing, a ragged or unreadable line.
+    """
+    text = _text(path)
+    first = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        _check_header(path, header, needed)
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}",
+                    where=path.name,
+                    fix="put cells that hold a comma in double quotes",
+                )
+            yield reader.line_num, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise DataError(
+            f"line {reader.line_num} is not valid CSV: {error}", where=path.name, fix="check its quotes"
+        ) from error
+
+
+def _check_header(path: Path, header: list[str], needed: Iterable[str]) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"the header has {repeated[0]!r} twice", where=path.name, fix="rename or remove one")
+    for name in needed:
+        if name not in header:
+            near = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
+            hint = f"rename {near[0]!r} to {name!r}" if near else f"add a column {name!r}"
+            raise DataError(f"the column {name!r} is missing", where=path.name, fix=hint)
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the table: {error.strerror}", where=path.name) from error
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in data[:4096]:
+        raise DataError("the table is UTF-16 or binary", where=path.name, fix="save it as CSV in UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"line {line} is not UTF-8", where=path.name, fix="save the table in UTF-8"
+        ) from error

@@ -1,0 +1,73 @@
+"""Every error Confrere raises, on one screen.
+
+ConfrereError            exit code 1   anything below
+├── ConfigError          2   an experiment, option or combination of options is wrong
+├── DataError            3   images, labels, tables or splits are wrong
+├── BackboneError        4   weights are unknown, unreachable or not the expected ones
+├── RunError             5   a run directory is locked, damaged, foreign or does not match
+├── UpdateRefusedError   6   a message between site and server breaks the rules
+├── TrainingError        7   local training diverged
+└── MissingExtraError    8   an optional package is not installed
+
+Each says what is wrong, where, and how to mend it; none quotes a file's contents or a patient identifier.
+"""
+
+from __future__ import annotations
+
+
+class ConfrereError(Exception):
+    """Base class: ``what`` is wrong, ``where`` (file, site, round, key) and how to ``fix`` it."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(what + (f" [{where}]" if where else "") + (f"\n  Fix: {fix}" if fix else ""))
+
+
+class ConfigError(ConfrereError):
+    """An experiment, option or combination of options is wrong."""
+
+    exit_code = 2
+
+
+class DataError(ConfrereError):
+    """Images, labels, tables or splits are wrong."""
+
+    exit_code = 3
+
+
+class BackboneError(ConfrereError):
+    """Backbone weights are unknown, unreachable or not the expected ones."""
+
+    exit_code = 4
+
+
+class RunError(ConfrereError):
+    """A run directory is locked, damaged, foreign or does not match what is asked."""
+
+    exit_code = 5
+
+
+class UpdateRefusedError(ConfrereError):
+    """A message between a site and the server breaks the rules."""
+
+    exit_code = 6
+
+
+class TrainingError(ConfrereError):
+    """Local training diverged."""
+
+    exit_code = 7
+
+
+class MissingExtraError(ConfrereError):
+    """An optional package is not installed."""
+
+    exit_code = 8
+
+    def __init__(self, package: str, extra: str, *, needed_for: str) -> None:
+        super().__init__(
+            f"{needed_for} needs the package {package!r}, which is not installed",
+            fix=f"pip install 'confrere[{extra}]'",
+        )

@@ -1,0 +1,1 @@
+"""Sites, transports and the one round loop."""

@@ -1,0 +1,100 @@
+"""Geometry of a round: overlap of general and personal adapters, similarity of sites, error of averaging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from confrere.adapters.algebra import column_overlap, inner, pairs, product_cosine, row_overlap
+from confrere.backbones import Backbone
+from confrere.method import Reply
+from confrere.tensors import Tensors, dot, sub
+
+
+def adapter_overlap(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict[str, float | None] | None:
+    """Return the mean overlap over layers of the slots ``general`` and ``personal``; None without both.
+
+    ``A``: row spaces, ``B``: column spaces (1 = the same subspace, r/d by chance), ``product``: absolute cosine of
+    B A, ``outputs``: mean absolute cosine of what the two adapters add, over ``tokens`` (B, N, D).
+    A measure that is undefined (B = 0) is None.
+    """
+    general, personal = pairs(params, "general"), pairs(params, "personal")
+    if not general or not personal:
+        return None
+    inputs: dict[str, Tensor] = {}
+    with torch.no_grad():
+        backbone.features(params, tokens, capture=inputs)
+        outputs = []
+        for layer, x in inputs.items():
+            (a_g, b_g), (a_k, b_k) = general[layer], personal[layer]
+            left, right = x @ a_g.T @ b_g.T, x @ a_k.T @ b_k.T
+            if left.abs().max() > 0 and right.abs().max() > 0:
+                outputs.append(float(torch.nn.functional.cosine_similarity(left, right, dim=-1).abs().mean()))
+            else:
+                outputs.append(None)
+    return {
+        "A": _mean([row_overlap(general[k][0], personal[k][0]) for k in general]),
+        "B": _mean([column_overlap(general[k][1], personal[k][1]) for k in general]),
+        "product": _mean([product_cosine(general[k], personal[k]) for k in general]),
+        "outputs": _mean(outputs),
+    }
+
+
+def site_similarity(server: Tensors, replies: Sequence[Reply]) -> dict[str, object] | None:
+    """Return the cosine of the sites' updates (what was sent minus what was received), as names and a matrix."""
+    senders = [r for r in replies if r.state.get("shared")]
+    if len(senders) < 2:
+        return None
+    updates = [sub(r.state["shared"], server) for r in senders]
+    norms = [float(dot(u, u)) ** 0.5 for u in updates]
+    if min(norms) == 0:
+        return None
+    matrix = [
+        [float(dot(u, v)) / (norms[i] * norms[j]) for j, v in enumerate(updates)] for i, u in enumerate(updates)
+    ]
+    return {"sites": [r.site for r in senders], "matrix": [[round(x, 4) for x in row] for row in matrix]}
+
+
+def aggregation_error(aggregated: Tensors, replies: Sequence[Reply], slot: str = "general") -> float | None:
+    """Return ``||mean(BA) - B A of the aggregate||_F / ||mean(BA)||_F`` over all layers; None if nothing was sent.
+
+    Factor averaging is not the average of updates; this is by how much.
+    """
+    senders = [r for r in replies if r.state.get("shared")]
+    merged = pairs(aggregated, slot)
+    if not senders or not merged:
+        return None
+    total = sum(r.weight for r in senders)
+    weights = [r.weight / total for r in senders]
+    factors = [pairs(r.state["shared"], slot) for r in senders]
+    mean_square = error_square = 0.0
+    for layer, pair in merged.items():
+        terms = [f[layer] for f in factors]
+        cross = sum(
+            w * v * float(inner(s, t))
+            for w, s in zip(weights, terms, strict=True) for v, t in zip(weights, terms, strict=True)
+        )
+        mixed = sum(w * float(inner(s, pair)) for w, s in zip(weights, terms, strict=True))
+        mean_square += cross
+        error_square += cross - 2 * mixed + float(inner(pair, pair))
+    return (max(error_square, 0.0) / mean_square) ** 0.5 if mean_square > 0 else None
+
+
+def round_diagnostics(
+    server: Tensors, aggregated: Tensors, replies: Sequence[Reply], after: Mapping[str, object]
+) -> dict[str, object]:
+    """Return everything logged about the geometry of one round; ``after`` is the overlap per site after averaging."""
+    before = {r.site: r.metrics["overlap"] for r in replies if r.metrics.get("overlap")}
+    return {
+        "overlap_before": before or None,
+        "overlap_after": {k: v for k, v in after.items() if v} or None,
+        "aggregation_error": aggregation_error(aggregated, replies),
+        "similarity": site_similarity(server, replies),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None

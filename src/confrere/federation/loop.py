@@ -1,0 +1,152 @@
+"""The round loop: sample, exchange, aggregate, judge on validation data, commit. There is no other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from confrere.errors import RunError
+from confrere.federation.diagnostics import round_diagnostics
+from confrere.federation.transport import Failure, Transport
+from confrere.method import Method, Reply, Request
+from confrere.record.run import Run
+from confrere.seeds import numpy_generator
+from confrere.tensors import State, n_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many rounds, who takes part, and who judges.
+
+    Args:
+        rounds: at most so many. seed: of the run. fraction: of sites sampled a round, in (0, 1].
+        min_replies: fewer answers than this leave the server as it was.
+        every: judge on validation data every so many rounds. patience: stop after so many judgements without a
+            better one; 0 never stops early.
+        train: sites asked to train; None for all. judge: sites asked to evaluate; None for all.
+    """
+
+    rounds: int
+    seed: int = 0
+    fraction: float = 1.0
+    min_replies: int = 1
+    every: int = 1
+    patience: int = 0
+    train: tuple[str, ...] | None = None
+    judge: tuple[str, ...] | None = None
+
+
+def federate(
+    method: Method, server: State, transport: Transport, plan: Plan, run: Run,
+    notify: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> State:
+    """Run rounds until the plan ends; continue after the last committed round of ``run``.
+
+    Raises:
+        RunError: in some round no site answered; the server's state of the round before stands.
+    """
+    done = run.last_round()
+    server = run.server(done) if done else server
+    if not done:
+        run.commit(0, server)
+    for round_ in range(done + 1, plan.rounds + 1):
+        if stopped(run.events()):
+            break
+        started = time.perf_counter()
+        trained = [s for s in transport.sites() if plan.train is None or s in plan.train]
+        cohort = sample(trained, plan.fraction, plan.seed, round_)
+        requests = {s: Request(kind="train", round=round_, state=method.broadcast(server, s)) for s in cohort}
+        answers = transport.exchange(requests)
+        failures = [a for a in answers if isinstance(a, Failure)]
+        replies = sorted((a for a in answers if isinstance(a, Reply)), key=lambda r: r.site)
+        if not replies:
+            reasons = "; ".join(f"{f.site}: {f.reason}" for f in failures)
+            raise RunError(f"0 of {len(cohort)} sites answered", where=f"round {round_}", fix=reasons)
+        previous = server
+        if len(replies) >= plan.min_replies:
+            server = method.aggregate(server, replies)
+        events: list[dict[str, Any]] = [
+            {"event": "failure", "round": round_, "site": f.site, "reason": f.reason} for f in failures
+        ]
+        judged = judge(method, server, transport, plan, round_)
+        after = {r.site: r.metrics["overlap"] for r in judged}
+        diagnostics = round_diagnostics(previous["shared"], server["shared"], replies, after)
+        events.append(
+            {
+                "event": "round",
+                "round": round_,
+                "seconds": round(time.perf_counter() - started, 3),
+                "sites": {r.site: site_record(requests[r.site], r) for r in replies},
+                "diagnostics": diagnostics,
+            }
+        )
+        if judged:
+            events.append(evaluation(round_, judged))
+        stop = should_stop(method, [*run.events(), *events], plan, round_)
+        if stop:
+            events.append({"event": "stop", "round": round_, "reason": stop})
+        run.commit(round_, server, *events)
+        for event in events:
+            notify(event)
+    return server
+
+
+def sample(sites: Sequence[str], fraction: float, seed: int, round_: int) -> list[str]:
+    """Return the sites of a round, sorted; all of them when ``fraction`` is 1."""
+    count = max(1, round(fraction * len(sites)))
+    chosen = numpy_generator(seed, "cohort", round_).permutation(len(sites))[:count]
+    return sorted(sites[i] for i in chosen)
+
+
+def judge(method: Method, server: State, transport: Transport, plan: Plan, round_: int) -> list[Reply]:
+    """Return the sites' validation replies, sorted, in the rounds that are judged."""
+    if round_ % plan.every and round_ != plan.rounds:
+        return []
+    sites = [s for s in transport.sites() if plan.judge is None or s in plan.judge]
+    requests = {s: Request(kind="evaluate", round=round_, state=method.broadcast(server, s)) for s in sites}
+    answers = transport.exchange(requests)
+    return sorted((a for a in answers if isinstance(a, Reply)), key=lambda r: r.site)
+
+
+def evaluation(round_: int, replies: Sequence[Reply]) -> dict[str, Any]:
+    """Return the event of a judged round: score per site and their mean."""
+    scores = {r.site: r.metrics["score"] for r in replies}
+    known = [s for s in scores.values() if s is not None]
+    mean = sum(known) / len(known) if known else None
+    return {"event": "evaluation", "round": round_, "split": "val", "sites": scores, "mean": mean}
+
+
+def best_round(events: Sequence[Mapping[str, Any]]) -> int:
+    """Return the round of the best mean validation score (the earliest of equals), else the last round."""
+    judged = [(e["mean"], -e["round"]) for e in events if e["event"] == "evaluation" and e["mean"] is not None]
+    if judged:
+        return -max(judged)[1]
+    return max((e["round"] for e in events if e["event"] == "round"), default=0)
+
+
+def should_stop(method: Method, events: Sequence[Mapping[str, Any]], plan: Plan, round_: int) -> str:
+    """Return why to stop after this round, or an empty string."""
+    if not plan.patience or not method.may_stop(round_, plan.rounds) or round_ == plan.rounds:
+        return ""
+    best = best_round(events)
+    since = sum(1 for e in events if e["event"] == "evaluation" and e["round"] > best)
+    return f"no better validation score since round {best}" if since >= plan.patience else ""
+
+
+def stopped(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the run ended early on purpose."""
+    return any(e["event"] == "stop" for e in events)
+
+
+def site_record(request: Request, reply: Reply) -> dict[str, Any]:
+    """Return what the journal keeps of one site in one round."""
+    m = reply.metrics
+    return {
+        "loss": m.get("loss"),
+        "examples": m["examples"],
+        "sent_bytes": n_bytes(reply.state),
+        "received_bytes": n_bytes(request.state),
+        "seconds": round(m["seconds"], 3),
+    }

@@ -1,0 +1,126 @@
+"""A site: its data, its own state, and one entry through which every request comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from confrere.backbones import Backbone
+from confrere.errors import UpdateRefusedError
+from confrere.federation.diagnostics import adapter_overlap
+from confrere.federation.examine import examine
+from confrere.learner import Learner, TokenSet, TrainSettings, predict
+from confrere.method import Method, Reply, Request
+from confrere.metrics.classification import score
+from confrere.record.store import Store
+from confrere.seeds import numpy_generator
+from confrere.tensors import State, Tensors
+
+
+@dataclass(kw_only=True)
+class Site:
+    """One hospital.
+
+    Args:
+        name: slug. data: images after the frozen prefix. initial: adapters and head before training, of which the
+            personal ones are drawn by this site's own address. weight: in the average, usually training images.
+        keep: called with the name of the model and its test predictions, which stay with the site.
+        val_limit: at most so many validation images judge a round (a fixed subset); None for all.
+    """
+
+    name: str
+    method: Method
+    backbone: Backbone
+    data: TokenSet
+    initial: Tensors
+    store: Store
+    settings: TrainSettings
+    seed: int
+    rounds: int
+    weight: float = 1.0
+    keep: Callable[[str, Tensors], None] | None = None
+    val_limit: int | None = None
+
+    def handle(self, request: Request) -> Reply:
+        """Answer one request; the only way in, for the simulator and for a deployed client alike."""
+        return self._train(request) if request.kind == "train" else self._evaluate(request)
+
+    def _train(self, request: Request) -> Reply:
+        stored = self.store.reply(request.round)
+        if stored is not None:
+            return stored
+        started = time.perf_counter()
+        learner = Learner(
+            backbone=self.backbone, data=self.data, settings=self.settings, seed=self.seed,
+            site=self.name, round=request.round, rounds=self.rounds,
+        )
+        payload, state = self.method.update(learner, request.state, self._state(request.round))
+        check_payload(self.method, self.name, request.round, payload)
+        metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
+        sent = {**request.state, **payload}
+        metrics["overlap"] = self._overlap(self.method.personal(sent, state))
+        metrics["seconds"] = time.perf_counter() - started
+        reply = Reply(site=self.name, round=request.round, state=payload, weight=self.weight, metrics=metrics)
+        self.store.write(request.round, state, reply)
+        return reply
+
+    def _evaluate(self, request: Request) -> Reply:
+        params = self.params(request)
+        if request.split == "test":
+            metrics, predictions = examine(self.backbone, params, self.data, self.seed, self.name)
+            if self.keep is not None:
+                self.keep(request.model, predictions)
+            return Reply(site=self.name, round=request.round, metrics=metrics)
+        rows = self.validation_rows()
+        logits = predict(self.backbone, params, self.data, rows)
+        value = score(logits.softmax(1).numpy(), self.data.labels[rows]) if len(rows) else None
+        metrics = {"score": value, "examples": len(rows), "overlap": self._overlap(params)}
+        return Reply(site=self.name, round=request.round, metrics=metrics)
+
+    def params(self, request: Request) -> Tensors:
+        """Return the tensors the site predicts with after ``request.round``, given what it received."""
+        untrained = self.method.init_site(self.initial)
+        state = untrained if request.model == "general" else self._state(request.round + 1)
+        return self.method.personal(request.state, state)
+
+    def validation_rows(self) -> np.ndarray:
+        """Return the validation rows that judge a round."""
+        rows = self.data.rows("val")
+        if self.val_limit is None or len(rows) <= self.val_limit:
+            return rows
+        return np.sort(numpy_generator(self.seed, "validation", self.name).permutation(rows)[: self.val_limit])
+
+    def _state(self, round_: int) -> State:
+        kept = self.store.before(round_)
+        return kept if kept is not None else self.method.init_site(self.initial)
+
+    def _overlap(self, params: Tensors) -> Mapping[str, float | None] | None:
+        rows = self.validation_rows()[:32]
+        if not len(rows):
+            rows = self.data.rows("train")[:32]
+        return adapter_overlap(self.backbone, params, self.data.batch(rows).tokens)
+
+
+def check_payload(method: Method, site: str, round_: int, payload: State) -> None:
+    """Refuse a payload that holds a group the method does not declare, or a value that is not finite.
+
+    Raises:
+        UpdateRefusedError: naming site, round, group and tensor.
+    """
+    for group, tensors in payload.items():
+        where = f"site {site}, round {round_}, group {group}"
+        if group not in method.sends or group == "private":
+            raise UpdateRefusedError(
+                "a group that may not leave the site was about to be sent", where=where,
+                fix=f"{method.name} may send only {', '.join(method.sends) or 'nothing'}",
+            )
+        for name, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise UpdateRefusedError(
+                    "a tensor holds a value that is not finite", where=f"{where}, {name}", fix="lower train.lr"
+                )

@@ -1,0 +1,50 @@
+"""Transports carry requests to sites and replies back; they neither learn nor sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from confrere.errors import TrainingError, UpdateRefusedError
+from confrere.federation.site import Site
+from confrere.method import Reply, Request
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site that did not answer, and why."""
+
+    site: str
+    reason: str
+
+
+class Transport(Protocol):
+    """The seam between the round loop and wherever the sites are."""
+
+    def sites(self) -> tuple[str, ...]:
+        """Return the names of the sites that can be asked now."""
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        """Send each site its request; return what came back, in any order."""
+
+
+class InProcess:
+    """All sites in this process, asked one after the other."""
+
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self._sites = dict(sites)
+
+    def sites(self) -> tuple[str, ...]:
+        """Return the names of all sites, sorted."""
+        return tuple(sorted(self._sites))
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        """Ask each site; one that diverges or would break the rules is a failure, not a crash."""
+        return [self._ask(name, request) for name, request in requests.items()]
+
+    def _ask(self, name: str, request: Request) -> Reply | Failure:
+        try:
+            return self._sites[name].handle(request)
+        except (TrainingError, UpdateRefusedError) as error:
+            return Failure(name, str(error))

@@ -1,0 +1,293 @@
+"""One run from data to report: prepare, train, examine, export, compare with the controls."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from confrere.adapters import head, lora
+from confrere.backbones import Backbone, load
+from confrere.config import Experiment, read, validate
+from confrere.data.federation import Federation, load_federation
+from confrere.errors import ConfigError, RunError
+from confrere.export import export_adapters
+from confrere.federation.loop import Plan, best_round, federate
+from confrere.federation.site import Site
+from confrere.federation.transport import InProcess
+from confrere.learner import TokenSet, TrainSettings
+from confrere.method import Method, Request
+from confrere.metrics.across_sites import summary
+from confrere.prefix import join, tokens
+from confrere.record.files import read_json, write_bytes, write_json, write_state
+from confrere.record.run import Run
+from confrere.seeds import torch_generator
+from confrere.tensors import Tensors
+from confrere.verdicts import verdicts
+
+POOLED = "pooled"
+Notify = Callable[[dict[str, Any]], None]
+
+
+def cache_dir() -> Path:
+    """Return where decoded images and frozen activations are kept: $CONFRERE_CACHE or ~/.cache/confrere."""
+    return Path(os.environ.get("CONFRERE_CACHE") or Path.home() / ".cache" / "confrere")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """An experiment with its data read and its backbone loaded, for one method."""
+
+    experiment: Experiment
+    method: Method
+    federation: Federation
+    backbone: Backbone
+    data: Mapping[str, TokenSet]
+
+    @property
+    def training_sites(self) -> list[str]:
+        """Return the sites that take part, sorted."""
+        return sorted(name for name in self.data if name != self.experiment.hold_out)
+
+
+def run_experiment(experiment: Experiment, out: Path, *, notify: Notify = lambda event: None) -> dict[str, Any]:
+    """Run the method and its controls into ``out``; continue what an earlier call left unfinished.
+
+    Returns the verdicts (empty without controls). Everything else stands in ``out``.
+    """
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    run = Run(out)
+    with run.lock():
+        federation = open_data(experiment, out)
+        _write_once(out, experiment, federation)
+        names = [str(experiment.method["name"]), *experiment.controls]
+        for name in dict.fromkeys(names):
+            part = out if name == names[0] else out / "controls" / name
+            if not (part / "results.json").exists():
+                notify({"event": "method", "name": name, "rounds": experiment.rounds})
+                own = experiment if name == names[0] else experiment.for_method(name)
+                train(prepare(own, federation, notify), part, notify)
+        return write_verdicts(out, experiment) if experiment.controls else {}
+
+
+def open_data(experiment: Experiment, out: Path) -> Federation:
+    """Return the federation of an experiment with the split of ``out`` (written there the first time)."""
+    spec = experiment.backbone
+    size = experiment.data.image_size or _image_size(spec.name, spec.image_size)
+    federation = load_federation(
+        Path(experiment.path), options=experiment.data, image_size=size, seed=experiment.split_seed,
+        cache=cache_dir(), splits=out / "splits.csv",
+    )
+    if experiment.hold_out is not None:
+        federation.site(experiment.hold_out)  # DataError names the sites when there is none of this name
+        if len(federation.sites) < 2:
+            raise ConfigError("the only site cannot be held out", where="hold_out", fix="leave it out")
+    return federation
+
+
+def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Task:
+    """Load the backbone for the method's adapters and compute (or find) every image's frozen prefix."""
+    method, spec, adapter = experiment.build_method(), experiment.backbone, experiment.adapter
+    backbone = load(
+        spec.name,
+        lora=lora.LoraSpec(
+            slots=method.slots, blocks=adapter.blocks, targets=adapter.targets,
+            scale=adapter.scale, dropout=adapter.dropout,
+        ),
+        depth=spec.depth, image_size=federation.image_size, sha256=spec.sha256,
+    )
+
+    def progress(site: str, done: int, total: int) -> None:
+        notify({"event": "prefix", "site": site, "done": done, "total": total})
+
+    data = {site.name: tokens(backbone, site, federation.classes, cache_dir(), progress) for site in federation.sites}
+    return Task(experiment=experiment, method=method, federation=federation, backbone=backbone, data=data)
+
+
+def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
+    """Run the rounds, choose one by validation data, examine it on test data, export its adapters."""
+    run, experiment, method = Run(path), task.experiment, task.method
+    write_json(path / "backbone.json", task.backbone.describe())
+    started = time.perf_counter()
+    sites = {name: make_site(task, name, run) for name in task.data}
+    if method.pools:
+        sites[POOLED] = make_site(task, POOLED, run)
+    plan = Plan(
+        rounds=experiment.rounds, seed=experiment.seed, fraction=experiment.federation.fraction,
+        min_replies=experiment.federation.min_replies, every=experiment.selection.every,
+        patience=experiment.selection.patience,
+        train=(POOLED,) if method.pools else tuple(task.training_sites), judge=tuple(task.training_sites),
+    )
+    server = method.init_server(initial(task, ""))
+    transport = InProcess(sites)
+    federate(method, server, transport, plan, run, notify)
+    events = run.events()
+    chosen = best_round(events)
+    notify({"event": "examine", "round": chosen})
+    results = examine_sites(task, run, transport, chosen)
+    export_adapters(path / "adapters", task.backbone, method, run.server(chosen), sites, results, chosen)
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(path / "results.json", results)
+
+
+def make_site(task: Task, name: str, run: Run) -> Site:
+    """Return one simulated hospital, or the pooled one."""
+    experiment, choice = task.experiment, task.experiment.train
+    data = join([task.data[s] for s in task.training_sites]) if name == POOLED else task.data[name]
+    steps = choice.steps * (len(task.training_sites) if name == POOLED else 1)
+    examples = len(data.rows("train"))
+    store = run.store(name)
+
+    def keep(model: str, predictions: Tensors) -> None:
+        write_state(store.folder / f"test-{model}.safetensors", {"test": predictions}, {"site": name})
+
+    return Site(
+        name=name, method=task.method, backbone=task.backbone, data=data, initial=initial(task, name),
+        store=store, seed=experiment.seed, rounds=experiment.rounds, keep=keep,
+        settings=TrainSettings(**{**choice.model_dump(), "steps": steps}),
+        weight=float(examples) if experiment.federation.weights == "images" else 1.0,
+        val_limit=experiment.selection.images or None,
+    )
+
+
+def initial(task: Task, site: str) -> Tensors:
+    """Return adapters and head before training: general ones from a common address, personal ones from the site's."""
+    rank = task.experiment.adapter.rank // len(task.method.slots)
+    params: dict[str, torch.Tensor] = {}
+    for slot in task.method.slots:
+        address = ("init", slot, site) if slot == "personal" else ("init", slot)
+        shapes = {n: s for n, s in task.backbone.adapter_shapes({slot: rank}).items() if lora.slot_of(n) == slot}
+        params |= lora.init(shapes, torch_generator(task.experiment.seed, *address))
+    return params | head.init(len(task.federation.classes), task.backbone.feature_dim)
+
+
+def examine_sites(task: Task, run: Run, transport: InProcess, round_: int) -> dict[str, Any]:
+    """Return results.json: every site's test metrics for its personalised and the general model."""
+    experiment, method, server = task.experiment, task.method, run.server(round_)
+    sites: dict[str, Any] = {name: {"models": {}} for name in sorted(task.data)}
+    for model in ("personalised", "general"):
+        asked = [
+            s for s in sites
+            if (model == "general" and method.has_general()) or (model == "personalised" and s != experiment.hold_out)
+        ]
+        requests = {
+            s: Request(kind="evaluate", round=round_, state=method.broadcast(server, s), split="test", model=model)
+            for s in asked
+        }
+        for reply in transport.exchange(requests):
+            sites[reply.site]["models"][model] = reply.metrics["metrics"]
+            if model == "personalised" or reply.site == experiment.hold_out:
+                sites[reply.site] |= {k: v for k, v in reply.metrics.items() if k != "metrics"}
+    events = [e for e in run.events() if e["event"] == "round"]
+    for name, entry in sites.items():
+        entry["held_out"] = name == experiment.hold_out
+        entry["models"] = {m: entry["models"].get(m) for m in ("personalised", "general")}
+        own = [e["sites"][name] for e in events if name in e["sites"]]
+        entry["sent_bytes"], entry["received_bytes"] = (sum(x[k] for x in own) for k in ("sent_bytes", "received_bytes"))
+    return {
+        "method": method.name, "title": method.title, "seed": experiment.seed,
+        "round": round_, "rounds": len(events), "held_out": experiment.hold_out,
+        "classes": list(task.federation.classes),
+        "method_info": describe_method(method), "sites": sites,
+        "summary": {m: _summary(sites, m) for m in ("personalised", "general")},
+        "machine": machine(),
+    }
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """Return what leaves a site and what stays, for lists and reports."""
+    sent = [s for s in method.slots if method.sends and method.shared(f"x.lora_B.{s}.weight")]
+    kept = [s for s in method.slots if s not in sent]
+    head_sent = bool(method.sends) and method.shared(head.WEIGHT)
+    return {
+        "name": method.name, "title": method.title, "paper": method.paper, "needs": method.needs,
+        "sends": [f"{s} adapter" for s in sent] + (["head"] if head_sent else []),
+        "keeps": [f"{s} adapter" for s in kept] + ([] if head_sent else ["head"]),
+    }
+
+
+def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
+    """Compare the run with its controls at every site and write verdicts.json."""
+    controls = {name: out / "controls" / name for name in experiment.controls if name != experiment.method["name"]}
+    sites = [s for s, entry in read_json(out / "results.json")["sites"].items() if not entry["held_out"]]
+    found = verdicts(out, controls, sites, seed=experiment.seed)
+    write_json(out / "verdicts.json", found)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return what bit-identity is promised for: versions, threads and processor capability."""
+    packages = ("confrere", "torch", "numpy", "peft", "transformers", "safetensors", "scikit-learn", "pillow")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+    }
+
+
+def check_same(out: Path, *, accept_drift: bool = False) -> Experiment:
+    """Return the experiment of a run to resume.
+
+    Raises:
+        RunError: no run there, or this machine differs in what bit-identity depends on.
+    """
+    if not (out / "experiment.toml").exists():
+        raise RunError("no run here", where=str(out), fix="give the --out directory of `confrere run`")
+    experiment = validate(read(out / "experiment.toml"))
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    then, now = read_json(out / "machine.json"), machine()
+    changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+    if changed and not accept_drift:
+        raise RunError(
+            "the machine or its packages changed since this run began: " + "; ".join(changed), where=str(out),
+            fix="restore them, or resume with --accept-drift and give up bit-identity",
+        )
+    if changed:
+        Run(out).append({"event": "drift", "changed": changed})
+    return experiment
+
+
+def _write_once(out: Path, experiment: Experiment, federation: Federation) -> None:
+    if not (out / "experiment.toml").exists():
+        write_json(out / "machine.json", machine())
+        write_json(
+            out / "federation.json",
+            {
+                "name": federation.name, "synthetic": federation.synthetic, "classes": list(federation.classes),
+                "image_size": list(federation.image_size), "digest": federation.digest, "sheet": federation.sheet,
+            },
+        )
+        write_bytes(out / "experiment.toml", experiment.toml().encode())
+    elif read_json(out / "federation.json")["digest"] != federation.digest:
+        raise RunError("the data changed since this run began", where=str(out), fix="start a new run")
+
+
+def _image_size(name: str, side: int | None) -> tuple[int, int]:
+    from confrere.backbones import REGISTRY
+
+    if side is not None:
+        return side, side
+    known = REGISTRY.get(name)
+    return (known.input_size if known else None) or (224, 224)
+
+
+def _summary(sites: Mapping[str, Any], model: str) -> dict[str, Any] | None:
+    values = {
+        name: entry["models"][model]["balanced_accuracy"]["value"]
+        for name, entry in sites.items() if entry["models"][model]
+    }
+    return summary(values) if values else None
+
+

@@ -1,0 +1,170 @@
+"""Local optimisation for one request on one site; a learner lives for one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from confrere.backbones import Backbone
+from confrere.errors import TrainingError
+from confrere.objectives import Objective, class_weights, objective
+from confrere.seeds import numpy_generator, torch_generator
+from confrere.tensors import Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a site trains in one round.
+
+    Args:
+        lr: AdamW learning rate. weight_decay: of AdamW.
+        batch_size: images a step. steps: optimiser steps a round, the same for every method.
+        balance: ``sampling`` draws classes equally often (with replacement), ``weights`` shuffles and weights the
+            loss by inverse class counts, ``none`` shuffles.
+        loss: ``cross-entropy`` or ``focal``.
+        clip: largest gradient norm of a step.
+    """
+
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    batch_size: int = 16
+    steps: int = 10
+    balance: str = "sampling"
+    loss: str = "cross-entropy"
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """One site's images after the frozen prefix, with labels, patients and split.
+
+    Args:
+        tokens: float32 array-like (N, tokens, width), usually memory-mapped.
+        labels: int64 (N,). groups: int64 (N,), opaque patient numbers. split: int8 (N,), 0 train, 1 val, 2 test.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    split: np.ndarray
+    classes: tuple[str, ...]
+
+    def rows(self, split: str) -> np.ndarray:
+        """Return the row numbers of ``train``, ``val`` or ``test``."""
+        return np.flatnonzero(self.split == ("train", "val", "test").index(split))
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Return the rows as tensors, copied out of the memory map."""
+        return Batch(torch.from_numpy(np.array(self.tokens[rows])), torch.from_numpy(self.labels[rows]))
+
+
+@dataclass
+class Batch:
+    """Tokens (B, N, D), labels (B,), and the inputs of the adapted layers when they were captured."""
+
+    tokens: Tensor
+    labels: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Learner:
+    """What a method's ``update`` may use: training, features and the round it is in."""
+
+    backbone: Backbone
+    data: TokenSet
+    settings: TrainSettings
+    seed: int
+    site: str
+    round: int
+    rounds: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def batches(self, steps: int, tag: str) -> Iterator[Batch]:
+        """Yield ``steps`` training batches drawn at the address (tag, round, site)."""
+        rows = self.data.rows("train")
+        rng = numpy_generator(self.seed, "batches", tag, self.round, self.site)
+        size = self.settings.batch_size
+        if self.settings.balance == "sampling":
+            labels = self.data.labels[rows]
+            chances = 1.0 / np.bincount(labels)[labels]
+            order = rng.choice(rows, size=steps * size, p=chances / chances.sum())
+        else:
+            epochs = math.ceil(steps * size / len(rows))
+            order = np.concatenate([rng.permutation(rows) for _ in range(epochs)])[: steps * size]
+        for step in range(steps):
+            yield self.data.batch(order[step * size : (step + 1) * size])
+
+    def fit(
+        self,
+        params: Tensors,
+        *,
+        train: Callable[[str], bool] | None = None,
+        penalty: Callable[[Tensors, Batch], Tensor] | None = None,
+        capture: bool = False,
+        tag: str = "fit",
+    ) -> dict[str, Tensor]:
+        """Return ``params`` after this round's optimiser steps; the input is not changed.
+
+        Args:
+            params: every tensor the backbone needs.
+            train: names to train; the others stay constant. Default: all.
+            penalty: added to the task loss of each batch.
+            capture: fill ``batch.inputs`` with the undropped input of each adapted layer.
+            tag: address of the batches, for methods that fit twice a round.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing of this round is kept.
+        """
+        # Sorted, because the order of a sum decides its last bit and a wire or a file may reorder names.
+        leaves = {n: params[n].detach().clone() for n in sorted(params)}
+        trained = [t.requires_grad_() for n, t in leaves.items() if train is None or train(n)]
+        cfg = self.settings
+        optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        task = self._objective()
+        losses = []
+        with self.backbone.dropout(torch_generator(self.seed, "dropout", tag, self.round, self.site)):
+            for batch in self.batches(cfg.steps, tag):
+                logits = self.backbone.logits(leaves, batch.tokens, capture=batch.inputs if capture else None)
+                loss = task(logits, batch.labels)
+                losses.append(float(loss.detach()))
+                if penalty is not None:
+                    loss = loss + penalty(leaves, batch)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
+                if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
+                    raise TrainingError(
+                        "the training loss or its gradient is not finite",
+                        where=f"site {self.site}, round {self.round}, step {len(losses)}",
+                        fix="lower train.lr, or lower method.lam if the method has one",
+                    )
+                optimiser.step()
+        self.metrics["loss"] = sum(losses) / max(1, len(losses))
+        return {n: t.detach() for n, t in leaves.items()}
+
+    def _objective(self) -> Objective:
+        if self.settings.balance != "weights":
+            return objective(self.settings.loss)
+        counts = np.bincount(self.data.labels[self.data.rows("train")], minlength=len(self.data.classes))
+        name = "weighted-cross-entropy" if self.settings.loss == "cross-entropy" else self.settings.loss
+        return objective(name, class_weights(counts.tolist()))
+
+    def features(self, params: Tensors, batch: Batch) -> Tensor:
+        """Return pooled features (B, feature_dim) of a batch."""
+        return self.backbone.features(params, batch.tokens)
+
+
+def predict(backbone: Backbone, params: Tensors, data: TokenSet, rows: np.ndarray, *, batch_size: int = 64) -> Tensor:
+    """Return logits (len(rows), classes) without gradient or dropout."""
+    with torch.no_grad():
+        parts = [
+            backbone.logits(params, data.batch(rows[i : i + batch_size]).tokens)
+            for i in range(0, len(rows), batch_size)
+        ]
+    return torch.cat(parts) if parts else torch.zeros(0, len(data.classes))

@@ -1,0 +1,157 @@
+"""A federated method is a value: hyperparameters and six functions, with no state inside.
+
+Three functions run on the server (``init_server``, ``broadcast``, ``aggregate``), three on the site
+(``init_site``, ``update``, ``personal``). State comes in and goes out as named tensors, so the same method
+object serves one process and many hospitals. The duality check for every ``update``: could it run on a machine
+that holds only the request and its own disk?
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from confrere.errors import ConfigError
+from confrere.tensors import State, Tensors, pick, weighted_mean
+
+if TYPE_CHECKING:
+    from confrere.learner import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the server asks of one site in one round.
+
+    ``split`` and ``model`` matter to ``evaluate`` only: ``general`` asks for the model of a site that never
+    trained, i.e. what an unseen hospital would get.
+    """
+
+    kind: Literal["train", "evaluate"]
+    round: int
+    state: State
+    split: Literal["val", "test"] = "val"
+    model: Literal["personalised", "general"] = "personalised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a site answers: the payload (only groups the method ``sends``), its weight, and plain numbers."""
+
+    site: str
+    round: int
+    state: State = field(default_factory=dict)
+    weight: float = 1.0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base class: everything is shared and averaged (FedAvg over adapters)."""
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    sends: ClassVar[tuple[str, ...]] = ("shared",)
+    slots: ClassVar[tuple[str, ...]] = ("general",)
+    """Adapters of a site. The rank budget of an experiment is divided equally among them."""
+    pools: ClassVar[bool] = False
+    """True for the control that trains on all sites' images in one place."""
+
+    @property
+    def needs(self) -> Literal["sum", "each"]:
+        """Whether the server needs only a weighted sum of the payloads, or each of them."""
+        return "sum"
+
+    def shared(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is sent to the server."""
+        return True
+
+    def init_server(self, params: Tensors) -> State:
+        """Return the server's state before round 1."""
+        return {"shared": pick(params, self.shared)}
+
+    def broadcast(self, server: State, site: str) -> State:
+        """Return what ``site`` receives."""
+        return {"shared": server["shared"]}
+
+    def init_site(self, params: Tensors) -> State:
+        """Return a site's own state before it first trains."""
+        return {"private": pick(params, lambda name: not self.shared(name))}
+
+    def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
+        """Train on one site; return the payload for the server and the site's new state."""
+        return self.split(learner.fit(self.personal(received, state)))
+
+    def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
+        """Return the server's new state from replies sorted by site: the weighted mean of what was sent."""
+        sent = [(reply.weight, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+        return {**server, "shared": weighted_mean(sent)} if sent else server
+
+    def personal(self, received: State, state: State) -> Tensors:
+        """Return the tensors this site predicts with: shared and private together."""
+        return {**received.get("shared", {}), **state.get("private", {})}
+
+    def split(self, params: Tensors) -> tuple[State, State]:
+        """Return ``params`` as payload and private state, by :meth:`shared`."""
+        return {"shared": pick(params, self.shared)}, self.init_site(params)
+
+    def may_stop(self, round_: int, rounds: int) -> bool:
+        """Return whether early stopping is allowed after ``round_`` (methods with phases say no)."""
+        return True
+
+    def has_general(self) -> bool:
+        """Return whether the shared tensors alone predict: something is sent and the head is part of it."""
+        return bool(self.sends) and self.shared("head.weight")
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str, *, title: str, paper: str = "") -> Callable[[type[Method]], type[Method]]:
+    """Register a method class under ``name``; the CLI list, docs matrix, report labels and tests read this."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        cls.name, cls.title, cls.paper = name, title, paper
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """Return the method ``name`` with ``options`` as its hyperparameters.
+
+    Raises:
+        ConfigError: unknown name or option (the nearest valid one is named), or a value out of range.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}", where="method.name", fix=nearest(name, METHODS))
+    cls, options = METHODS[name], dict(options or {})
+    known = {f.name: f for f in fields(cls)}
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigError(f"method {name!r} has no option {key!r}", where=f"method.{key}", fix=nearest(key, known))
+        default = known[key].default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            options[key] = float(value)
+        elif type(value) is not type(default):
+            raise ConfigError(
+                f"expected {type(default).__name__}, got {value!r}",
+                where=f"method.{key}",
+                fix=f"the default is {default!r}",
+            )
+    return cls(**options)
+
+
+def one_of(where: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"{value!r} is not a choice", where=where, fix=f"use one of: {', '.join(choices)}")
+
+
+def nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return a hint naming the valid choice nearest to ``word``, or all of them."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(choices)) or 'none'}"

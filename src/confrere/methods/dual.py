@@ -1,0 +1,23 @@
+"""Dual adapters without orthogonality: FedOPAL's own ablation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from confrere.method import register
+from confrere.methods.fedopal import FedOPAL
+
+
+@register(
+    "dual",
+    title="General + personal, no orthogonality",
+    paper="the additive dual adapter of Med-DualLoRA, arXiv 2603.10967, and FedDPA, NeurIPS 2024",
+)
+@dataclass(frozen=True, kw_only=True)
+class Dual(FedOPAL):
+    """FedOPAL with the orthogonality term switched off; everything else is equal.
+
+    Differences from the papers: joint training as in FedOPAL; FedDPA alternates and mixes by input.
+    """
+
+    regulariser: str = "none"

@@ -1,0 +1,200 @@
+"""Whether model A is better than model B on the same patients.
+
+Shapes: N images, K classes, P patients (of all seeds together), S seeds, R resamples (row 0 is the sample).
+
+Each resample draws seeds with replacement, then patients with replacement, and the drawn patients serve both
+models and all seeds: patients that recur in several seeds' test sets are the same people, and drawing them
+anew for each seed would count them as new evidence. A class that vanishes from a resample is left out of its
+averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from confrere.errors import DataError
+from confrere.metrics.bootstrap import (
+    ENOUGH_PATIENTS,
+    LEVEL,
+    Floats,
+    Ints,
+    draw,
+    effective_patients,
+    mean_defined,
+    per_patient,
+    ratio,
+    tail,
+    widened_p,
+)
+from confrere.metrics.classification import check
+
+Run = tuple[Floats, Ints, Ints]
+FEW_PATIENTS = 20
+OTHERS = {"local": "training alone", "pooled": "training on the pooled data of all hospitals"}
+
+
+def paired_gain(
+    runs_a: Sequence[Run], runs_b: Sequence[Run], *, generator: np.random.Generator, resamples: int = 2000
+) -> dict[str, Any]:
+    """Return the gain in balanced accuracy of A over B, its 95 % interval and two-sided p-value.
+
+    Args:
+        runs_a: per seed (probabilities (N, K), labels (N,), groups (N,)); a patient keeps one number
+            over all seeds.
+        runs_b: the same for B: same seeds in the same order, same test images in the same order.
+        generator: source of the resamples.
+        resamples: R.
+
+    Returns:
+        ``metric``, ``gain`` (mean over seeds, in -1..1), ``low``, ``high``, ``p``, ``patients``, ``seeds``,
+        ``note``. Undefined entries are None and ``note`` says why. Where the models differ on fewer than six
+        patients, no exact test could exclude a zero gain; p is then at least that of the exact sign test. The
+        interval is widened to contain zero wherever p >= 0.05.
+
+    Raises:
+        DataError: A and B were not tested on the same images.
+    """
+    pairs = _paired(runs_a, runs_b)
+    seeds = len(pairs)
+    everyone = np.unique(np.concatenate([np.zeros(0, np.int64), *(a[2] for a, _ in pairs)]))
+    P = len(everyone)
+    weights = draw(P, generator, resamples)
+    gains_RS = np.full((len(weights), seeds), np.nan)
+    differ_P, images = np.zeros(P, bool), []
+    for s, (a, b) in enumerate(pairs):
+        gains_RS[:, s], differs, images_PK = _gains(a, b, np.searchsorted(everyone, a[2]), weights)
+        differ_P |= differs
+        images.append(images_PK)
+    share_RS = draw(seeds, generator, resamples)
+    samples = ratio(
+        np.where(np.isnan(gains_RS), 0.0, gains_RS * share_RS).sum(1), (~np.isnan(gains_RS) * share_RS).sum(1)
+    )
+    out: dict[str, Any] = {"metric": "balanced_accuracy", "gain": None, "low": None, "high": None, "p": None}
+    out |= {"patients": P, "seeds": seeds, "note": None}
+    if np.isnan(samples[0]):
+        return out | {"note": "there are no test images"}
+    out["gain"] = float(samples[0])
+    if P < ENOUGH_PATIENTS:
+        return out | {"note": f"fewer than {ENOUGH_PATIENTS} test patients allow no interval"}
+    return out | _inference(samples, effective_patients(np.sum(images, axis=0)), int(differ_P.sum()))
+
+
+def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np.ndarray, Floats]:
+    """Return one seed's gain per resample (R,), on whom the models differ (P,), and images (P, K)."""
+    labels, K, P = a[1], a[0].shape[1], weights.shape[1]
+    hits_a, hits_b = (
+        per_patient(patient_N, labels, (P, K), (run[0].argmax(axis=1) == labels).astype(np.float64))
+        for run in (a, b)
+    )
+    images_PK = per_patient(patient_N, labels, (P, K))
+    gain_RK = ratio(weights @ (hits_a - hits_b), weights @ images_PK)
+    return mean_defined(gain_RK), (hits_a != hits_b).any(axis=1), images_PK
+
+
+def _inference(samples: Floats, patients: float, differing: int) -> dict[str, Any]:
+    """Return ``low``, ``high``, ``p`` and ``note`` from the sample (row 0) and its resamples."""
+    gain, drawn = samples[0], samples[1:][~np.isnan(samples[1:])]
+    if not differing:
+        return {"low": 0.0, "high": 0.0, "p": 1.0, "note": "both models are right on the same test images"}
+    cut = tail(patients)
+    low, high = np.quantile(drawn, [cut, 1 - cut])
+    # Ties with zero count on both sides; + 1 because the sample itself is one possible draw.
+    side = min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1
+    p = widened_p(min(1.0, 2 * float(side) / (len(drawn) + 1)), patients)
+    note = None
+    if differing < ENOUGH_PATIENTS:
+        p = max(p, 2.0 ** (1 - differing))
+        note = f"the models differ on {differing} test patient{'s' * (differing > 1)} only"
+    if p >= 1 - LEVEL:  # interval and p-value tell one story
+        low, high = min(low, 0.0), max(high, 0.0)
+    return {"low": float(min(low, gain)), "high": float(max(high, gain)), "p": p, "note": note}
+
+
+def _paired(runs_a: Sequence[Run], runs_b: Sequence[Run]) -> list[tuple[Run, Run]]:
+    if len(runs_a) != len(runs_b):
+        raise DataError(
+            f"{len(runs_a)} runs against {len(runs_b)}",
+            where="paired gain",
+            fix="give both models the same seeds",
+        )
+    pairs = [(check(*a), check(*b)) for a, b in zip(runs_a, runs_b, strict=True)]
+    for s, (a, b) in enumerate(pairs):
+        if a[0].shape != b[0].shape or not np.array_equal(a[1], b[1]) or not np.array_equal(a[2], b[2]):
+            raise DataError(
+                "the two models were not tested on the same images",
+                where=f"paired gain, seed number {s + 1}",
+                fix="use one split file for both runs and keep the order of the test images",
+            )
+    if len({a[0].shape[1] for a, _ in pairs}) > 1:
+        raise DataError(
+            "the seeds differ in their number of classes",
+            where="paired gain",
+            fix="give probabilities for all classes of the federation in every run",
+        )
+    return pairs
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Return p-values adjusted for their number by Holm's step-down method; None stays None, uncounted.
+
+    References:
+        Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scand. J. Statistics 6 (1979).
+
+    >>> holm([0.01, None, 0.04, 0.03])
+    [0.03, None, 0.06, 0.06]
+    """
+    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    adjusted: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "joining the federation") -> str:
+    """Return what :func:`paired_gain` found, in words for a clinician.
+
+    Args:
+        site: name of the hospital.
+        gain: what :func:`paired_gain` returned.
+        other: what A is compared with: ``"local"``, ``"pooled"`` or a phrase such as ``"plain averaging"``.
+        subject: what A is.
+    """
+    against = OTHERS.get(other, other)
+    people = f"{gain['patients']} test patient{'s' * (gain['patients'] != 1)}"
+    if gain["gain"] is None:
+        return f"At {site}, {subject} cannot be compared with {against}: {gain['note']}."
+    points = 100 * gain["gain"]
+    if gain["low"] is None:
+        return (
+            f"At {site}, {people} cannot show whether {subject} helped or harmed compared with {against} "
+            f"(difference in balanced accuracy {_signed(points)} points)."
+        )
+    low, high = 100 * gain["low"], 100 * gain["high"]
+    caution = f" Only {people}: read this with caution." if gain["patients"] < FEW_PATIENTS else ""
+    paid = other in ("local", OTHERS["local"])
+    if low > 0:
+        return (
+            f"At {site}, {subject} raised the balanced accuracy by {points:.1f} points "
+            f"(95 % interval {low:.1f} to {high:.1f}) over {against}{': joining paid' * paid}.{caution}"
+        )
+    if high < 0:
+        return (
+            f"At {site}, {subject} lowered the balanced accuracy by {-points:.1f} points "
+            f"(95 % interval {-high:.1f} to {-low:.1f}) compared with {against}"
+            f"{': joining did not pay' * paid}.{caution}"
+        )
+    return (
+        f"At {site}, there is no evidence that {subject} helped or harmed compared with {against} "
+        f"(difference in balanced accuracy {_signed(points)} points, "
+        f"95 % interval {_signed(low)} to {_signed(high)}).{caution}"
+    )
+
+
+def _signed(points: float) -> str:
+    text = f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0" if text[1:] == "0.0" else text

@@ -1,0 +1,127 @@
+"""Predict new images with what a site took home: its merged adapter, its head, its temperature."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from confrere.adapters import lora
+from confrere.backbones import Backbone, load
+from confrere.data.decode import BadImageError, decode
+from confrere.data.options import DataOptions
+from confrere.errors import DataError, RunError
+from confrere.record.files import read_json, write_bytes
+from confrere.tensors import Tensors
+
+
+class Predictor:
+    """A site's model, loaded from ``RUN/adapters/<site>``."""
+
+    def __init__(self, run: Path, site: str) -> None:
+        folder = run / "adapters" / site
+        if not (folder / "head.json").exists():
+            known = sorted(p.parent.name for p in (run / "adapters").glob("*/head.json"))
+            raise RunError(
+                f"the run holds no adapters of site {site!r}", where=str(run),
+                fix=f"use one of: {', '.join(known)}" if known else "finish the run first: confrere resume RUN",
+            )
+        self.info = read_json(folder / "head.json")
+        self.classes: list[str] = self.info["classes"]
+        adapter = lora.import_(folder / "merged", slot="general")
+        self.params: Tensors = {**adapter, **load_file(folder / "head.safetensors")}
+        layers = "|".join(self.info["targets"])
+        self.backbone: Backbone = load(
+            self.info["backbone"],
+            lora=lora.LoraSpec(
+                slots=("general",), blocks=self.info["blocks"], targets=layers, scale=self.info["scale"], dropout=0.0
+            ),
+            depth=self.info["depth"], image_size=tuple(self.info["image_size"]), pool=self.info["pool"],
+            sha256=self.info["backbone_sha256"],
+        )
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities (B, K) of decoded images (B, H, W, 3) uint8."""
+        with torch.no_grad():
+            logits = self.backbone.logits(self.params, self.backbone.prefix(images)).double()
+        return (logits / self.info["temperature"]).softmax(1).numpy()
+
+    def overlay(self, image: np.ndarray) -> bytes:
+        """Return a PNG of one decoded image (H, W, 3) beside where the model looks."""
+        from PIL import Image
+
+        with torch.no_grad():
+            looks = self.backbone.attention(self.params, self.backbone.prefix(image[None]))[0]
+        heat = torch.nn.functional.interpolate(looks[None, None], size=image.shape[:2], mode="bilinear")[0, 0].numpy()
+        heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-9)
+        tint = np.array([230.0, 85.0, 13.0])
+        alpha = 0.75 * heat[..., None]
+        mixed = (image.mean(-1, keepdims=True) * (1 - alpha) + tint * alpha).clip(0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        scale = max(1, 336 // image.shape[0])
+        pair = Image.fromarray(np.concatenate([image, mixed], axis=1))
+        pair.resize((pair.width * scale, pair.height * scale), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+def image_files(source: Path) -> list[Path]:
+    """Return the files of a folder (searched deep, sorted, hidden ones left out), or the one file given."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise DataError("no such file or folder", where=str(source), fix="give a folder of images")
+    files = [f for f in sorted(source.rglob("*")) if f.is_file() and not f.name.startswith(".")]
+    if not files:
+        raise DataError("the folder holds no files", where=str(source), fix="give a folder of images")
+    return files
+
+
+def predict_folder(
+    run: Path, site: str, source: Path, out: Path, *, overlays: int = 0, batch_size: int = 32
+) -> tuple[int, list[str]]:
+    """Write a CSV of calibrated probabilities, one row an image, and overlays of the first images.
+
+    Returns the number of rows and one line per file that could not be read; such files are left out.
+
+    Raises:
+        DataError: no image could be read. RunError: the site has no adapters.
+    """
+    predictor = Predictor(run, site)
+    files = image_files(source)
+    images, names, problems = _decode(files, source, predictor.backbone.image_size)
+    if not images:
+        raise DataError("none of the files is a readable image", where=str(source), fix="\n  ".join(problems[:5]))
+    rows = []
+    for start in range(0, len(images), batch_size):
+        rows.extend(predictor.probabilities(np.stack(images[start : start + batch_size])))
+    write_bytes(out, _csv(names, rows, predictor.classes))
+    for i in range(min(overlays, len(images))):
+        folder = out.with_name(out.stem + "_overlays")
+        write_bytes(folder / f"{i:04d}.png", predictor.overlay(images[i]))
+    return len(images), problems
+
+
+def _decode(files: Sequence[Path], root: Path, size: tuple[int, int]) -> tuple[list[np.ndarray], list[str], list[str]]:
+    images, names, problems = [], [], []
+    for file in files:
+        name = file.name if file == root else str(file.relative_to(root))
+        try:
+            images.append(decode(file.read_bytes(), size, max_pixels=DataOptions().max_pixels).pixels)
+            names.append(name)
+        except (BadImageError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    return images, names, problems
+
+
+def _csv(names: Sequence[str], rows: Sequence[np.ndarray], classes: Sequence[str]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "predicted", *classes])
+    for name, row in zip(names, rows, strict=True):
+        writer.writerow([name, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+    return text.getvalue().encode()

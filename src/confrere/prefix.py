@@ -1,0 +1,98 @@
+"""The frozen prefix, computed once per image and memory-mapped: tokens in front of the first adapted block."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from confrere.backbones import Backbone
+from confrere.data.federation import SiteImages
+from confrere.errors import DataError
+from confrere.learner import TokenSet
+from confrere.seeds import derive
+
+BATCH = 64
+
+
+class Rows:
+    """Arrays of equal row shape read as one, without copying them: ``rows[int array]``."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        owner = np.searchsorted(self.starts, rows, side="right") - 1
+        return np.stack([self.parts[k][row - self.starts[k]] for k, row in zip(owner, rows, strict=True)])
+
+
+def tokens(
+    backbone: Backbone,
+    site: SiteImages,
+    classes: tuple[str, ...],
+    cache: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TokenSet:
+    """Return the tokens of all images of ``site``, from the cache when they are there.
+
+    The key covers weights, cut, normalisation, image size and every image's hash, so a wrong hit cannot happen.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    key = derive(0, "prefix", backbone.prefix_digest, *site.digests)
+    path = cache / f"tokens-{key:016x}.npy"
+    if not path.exists():
+        _compute(backbone, site, path, progress)
+    kept = np.load(path, mmap_mode="r", allow_pickle=False)
+    return TokenSet(tokens=kept, labels=site.labels, groups=site.groups, split=site.split, classes=classes)
+
+
+def join(sets: Sequence[TokenSet]) -> TokenSet:
+    """Return several sites' rows as one set: the pooled control."""
+    first = sets[0]
+    return TokenSet(
+        tokens=Rows([s.tokens for s in sets]),
+        labels=np.concatenate([s.labels for s in sets]),
+        groups=np.concatenate([s.groups for s in sets]),
+        split=np.concatenate([s.split for s in sets]),
+        classes=first.classes,
+    )
+
+
+def _compute(
+    backbone: Backbone, site: SiteImages, path: Path, progress: Callable[[str, int, int], None] | None
+) -> None:
+    total = len(site.labels)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".npy")
+        os.close(descriptor)
+        try:
+            out = None
+            for start in range(0, total, BATCH):
+                part = backbone.prefix(np.array(site.images[start : start + BATCH])).cpu().numpy()
+                if out is None:
+                    out = np.lib.format.open_memmap(name, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
+                out[start : start + len(part)] = part
+                if progress is not None:
+                    progress(site.name, min(start + BATCH, total), total)
+            if out is not None:
+                out.flush()
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write the cache of frozen activations: {error.strerror}", where=str(path.parent),
+            fix="free space there, or set CONFRERE_CACHE to another directory",
+        ) from error

@@ -1,0 +1,96 @@
+"""A model card for a run, in the form the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from confrere.report.reading import Json, as_dict
+from confrere.report.render import environment
+
+_LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "bsd-3-clause"}
+_METRICS = {
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "ece": "Expected calibration error",
+}
+
+
+def card(summary: Json) -> str:
+    """Return the model card of a run: YAML front matter, then Markdown.
+
+    It holds sums over hospitals and scores, no counts by class and no number of a single patient.
+
+    Args:
+        summary: what :func:`summarize` returned.
+    """
+    template = environment(html=False).get_template("card.md.j2")
+    text = template.render(
+        s=summary, front=_front_matter(summary), metrics=_METRICS, licence=_licence(summary)
+    )
+    return text.strip() + "\n"
+
+
+def _front_matter(summary: Json) -> str:
+    # The hub client takes a second to import and only a card needs it.
+    from huggingface_hub import ModelCardData
+
+    federation = summary["federation"]
+    tags = ["confrere", "federated-learning", "lora", "medical-imaging"] + ["synthetic-data"] * bool(
+        federation["synthetic"]
+    )
+    data = ModelCardData(
+        language="en",
+        license=_licence(summary),
+        library_name="peft",
+        pipeline_tag="image-classification",
+        base_model=_base_model(summary),
+        tags=tags,
+        model_name=f"{federation['name'] or 'federation'}-{summary['method']}",
+        eval_results=_results(summary) or None,
+    )
+    return str(data.to_yaml())
+
+
+def _results(summary: Json) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    name = str(summary["federation"]["name"] or "federation")
+    main = summary["models"][0]["key"] if summary["models"] else None
+    found = []
+    for site in summary["sites"]:
+        scores = site["models"].get(main)
+        for metric, title in _METRICS.items():
+            value = scores["metrics"][metric]["value"] if scores else None
+            if value is not None:
+                result = EvalResult(
+                    task_type="image-classification",
+                    task_name="Image classification",
+                    dataset_type="private",
+                    dataset_name=f"{name}, {site['name']}",
+                    # The hub merges results that differ in nothing else.
+                    dataset_config=site["name"],
+                    dataset_split="test",
+                    metric_type=metric,
+                    metric_name=title,
+                    metric_value=round(value, 4),
+                )
+                found.append(result)
+    return found
+
+
+def _licence(summary: Json) -> str:
+    """Return the backbone's licence as the hub spells it, or "other"."""
+    licence = str(as_dict(summary["backbone"]).get("licence", "")).lower()
+    return licence if licence in _LICENCES else "other"
+
+
+def _base_model(summary: Json) -> str | None:
+    """Return the hub's name of the backbone, or None when it is not on the hub."""
+    backbone = as_dict(summary["backbone"])
+    for given in (backbone.get("source"), backbone.get("name")):
+        name = str(given or "").removeprefix("hf:").removeprefix("hf-hub:")
+        owner, slash, model = name.partition("/")
+        if slash and owner and model and "/" not in model and " " not in name and ":" not in name:
+            return name
+    return None

@@ -1,0 +1,253 @@
+"""Compute everything a run's report shows, as one JSON-able dict; rendering adds nothing to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from confrere.metrics import across_sites
+from confrere.report import progress
+from confrere.report.reading import (
+    Json,
+    as_dict,
+    as_list,
+    need,
+    number,
+    read_events,
+    read_json,
+    read_optional,
+    read_text,
+)
+from confrere.report.sheet import arrange
+
+METRICS = ("balanced_accuracy", "auroc", "f1", "accuracy", "ece")
+MODEL_TITLES = {
+    "personalised": "Personalised",
+    "general": "General",
+    "local": "Trained alone",
+    "pooled": "Pooled data",
+}
+OTHER_TITLES = {"local": "training alone", "pooled": "pooling all data"}
+
+
+def summarize(run: Path) -> Json:
+    """Return what the report of one run shows.
+
+    Args:
+        run: a run directory with at least ``results.json`` and ``federation.json``.
+
+    Raises:
+        RunError: a required file or key is missing or damaged; the message names it.
+    """
+    results, federation = read_json(run, "results.json"), read_json(run, "federation.json")
+    events = read_events(run)
+    classes = [str(name) for name in need(federation, "classes", "federation.json")]
+    controls = _controls(run)
+    sites = _sites(results, controls, classes)
+    models = [key for key in _model_order(controls) if any(key in site["models"] for site in sites)]
+    verdicts = _verdicts(read_optional(run, "verdicts.json"), sites)
+    summary: Json = {
+        "kind": "run",
+        "format": 1,
+        "title": str(results.get("title") or need(results, "method", "results.json")),
+        "method": need(results, "method", "results.json"),
+        "method_info": as_dict(results.get("method_info")),
+        **{key: results.get(key) for key in ("seed", "round", "rounds", "seconds", "held_out")},
+        "federation": _federation(federation, sites),
+        "backbone": read_optional(run, "backbone.json"),
+        "verdicts": verdicts,
+        "models": [{"key": key, "title": title_of(key)} for key in models],
+        "sites": sites,
+        "notes": _notes(sites),
+        "across": [_across(key, sites, as_dict(results.get("summary"))) for key in models],
+        **progress.sections(events or [], results),
+        "sheet": arrange(as_dict(federation.get("sheet")), classes),
+        "experiment": read_text(run, "experiment.toml"),
+        "machine": as_dict(results.get("machine")),
+    }
+    summary["omitted"] = _omitted(summary)
+    return summary
+
+
+def title_of(model: str) -> str:
+    """Return the name of a model or control as the page shows it."""
+    return MODEL_TITLES.get(model, model.replace("_", " ").capitalize())
+
+
+def interval(value: object) -> Json:
+    """Return ``{"value", "low", "high"}`` with None for what is undefined, from a dict, a number or None."""
+    if isinstance(value, dict):
+        centre = value.get("value", value.get("mean"))
+        return {"value": number(centre), "low": number(value.get("low")), "high": number(value.get("high"))}
+    return {"value": number(value), "low": None, "high": None}
+
+
+def outcome(gain: Json) -> str:
+    """Return "helped", "lowered", "unclear" or "undefined": what an interval of a gain is evidence for."""
+    low, high = number(gain.get("low")), number(gain.get("high"))
+    if low is None or high is None or number(gain.get("gain")) is None:
+        return "undefined"
+    return "helped" if low > 0 else "lowered" if high < 0 else "unclear"
+
+
+def gain_limit(gains: Iterable[Json]) -> float:
+    """Return the half-width of a symmetric axis that holds all intervals: a multiple of 0.05."""
+    ends = [
+        abs(end)
+        for gain in gains
+        for key in ("gain", "low", "high")
+        if (end := number(gain.get(key))) is not None
+    ]
+    return max(0.05, math.ceil(round(max(ends, default=0.0) * 20, 6)) / 20)
+
+
+def _controls(run: Path) -> dict[str, Json]:
+    folders = sorted(path for path in (run / "controls").glob("*") if path.is_dir())
+    found = {folder.name: read_json(folder, "results.json") for folder in folders}
+    first = [name for name in ("local", "pooled") if name in found]
+    return {name: found[name] for name in [*first, *(name for name in found if name not in first)]}
+
+
+def _model_order(controls: dict[str, Json]) -> list[str]:
+    return ["personalised", "general", *controls]
+
+
+def _sites(results: Json, controls: dict[str, Json], classes: list[str]) -> list[Json]:
+    sites = []
+    for name, site in need(results, "sites", "results.json").items():
+        where = f"results.json, sites.{name}"
+        models = {
+            key: model_scores(value, classes) for key, value in need(site, "models", where).items() if value
+        }
+        for control, other in controls.items():
+            theirs = as_dict(as_dict(as_dict(other.get("sites")).get(name)).get("models"))
+            value = theirs.get("personalised") or theirs.get("general")
+            if value:
+                models[control] = model_scores(value, classes)
+        keys = ("temperature", "ece_before", "sent_bytes", "received_bytes")
+        sites.append(
+            {
+                "name": name,
+                "held_out": bool(site.get("held_out", False)),
+                "models": models,
+                "main": next(iter(models), None),
+                "reliability": as_list(site.get("reliability")),
+                **{key: number(site.get(key)) for key in keys},
+            }
+        )
+    return sites
+
+
+def model_scores(scores: Json, classes: list[str]) -> Json:
+    """Return one model's test scores at one site, every metric an interval."""
+    absent = [str(name) for name in as_list(scores.get("absent"))]
+    present = len(classes) - len(absent)
+    return {
+        "n": scores.get("n"),
+        "patients": scores.get("patients"),
+        "metrics": {key: interval(scores.get(key)) for key in METRICS},
+        "chance": 1 / present if present else None,
+        "recall": {name: interval(as_dict(scores.get("recall")).get(name)) for name in classes},
+        "confusion": scores.get("confusion"),
+        "absent": absent,
+        "notes": [str(note) for note in as_list(scores.get("notes"))],
+    }
+
+
+def _notes(sites: list[Json]) -> list[Json]:
+    """Return each remark on the first model's scores once, with the sites it holds for."""
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        for text in as_list(_main(site).get("notes")):
+            found.setdefault(text, []).append(site["name"])
+    return [{"text": text, "sites": names} for text, names in found.items()]
+
+
+def _main(site: Json) -> Json:
+    """Return the scores of the site's first model, or nothing without one."""
+    return as_dict(site["models"].get(site["main"]))
+
+
+def _across(model: str, sites: list[Json], given: Json) -> Json:
+    """Return mean, worst site and spread: as the run wrote them, or over the sites for a control."""
+    row: Json = {"model": model, "title": title_of(model)}
+    written = as_dict(given.get(model))
+    if written:
+        keys = ("mean", "worst", "spread")
+        return (
+            row | {key: number(written.get(key)) for key in keys} | {"worst_site": written.get("worst_site")}
+        )
+    cells = {site["name"]: site["models"].get(model) for site in sites}
+    values = {name: cell["metrics"]["balanced_accuracy"]["value"] for name, cell in cells.items() if cell}
+    return row | {key: value for key, value in across_sites.summary(values).items() if key != "undefined"}
+
+
+def _federation(federation: Json, sites: list[Json]) -> Json:
+    keys = ("name", "synthetic", "classes", "image_size", "digest")
+    return {key: federation.get(key) for key in keys} | {"n_sites": len(sites)}
+
+
+def _verdicts(given: Json | None, sites: list[Json]) -> Json | None:
+    if given is None:
+        return None
+    judged = as_dict(given.get("sites"))
+    cards = [_card(site, as_dict(judged.get(site["name"]))) for site in sites]
+    gains = [gain for card in cards for gain in card["gains"]]
+    return {
+        "headline": given.get("headline"),
+        "note": given.get("note"),
+        "limit": gain_limit(gains),
+        "cards": cards,
+    }
+
+
+def _card(site: Json, judged: Json) -> Json:
+    order = [key for key in ("local", "pooled") if key in judged] + [
+        k for k in judged if k not in OTHER_TITLES
+    ]
+    gains: list[Json] = []
+    for other in order:
+        gain = as_dict(judged[other])
+        numbers = {key: number(gain.get(key)) for key in ("gain", "low", "high", "p")}
+        texts = {
+            "other": other,
+            "title": OTHER_TITLES.get(other, title_of(other)),
+            "sentence": gain.get("sentence"),
+        }
+        texts |= {"note": gain.get("note")}
+        gains.append(texts | numbers | {"outcome": outcome(gain), "patients": gain.get("patients")})
+    main: dict[str, Any] = gains[0] if gains else {}
+    scores = _main(site)
+    return {
+        "site": site["name"],
+        "held_out": site["held_out"],
+        "outcome": main.get("outcome", "undefined"),
+        "sentence": main.get("sentence"),
+        "gains": gains,
+        "n": scores.get("n"),
+        "patients": scores.get("patients"),
+    }
+
+
+def _omitted(summary: Json) -> list[Json]:
+    """Say in one line each which sections have no data, and why."""
+    bins = any(site["reliability"] for site in summary["sites"])
+    tables = any(scores["confusion"] for site in summary["sites"] for scores in site["models"].values())
+    checks = [
+        (summary["verdicts"], "Verdicts", "the run trained no controls to compare with"),
+        (summary["curves"], "Learning curves", "the run recorded no validation scores"),
+        (bins, "Calibration", "the run recorded no reliability bins"),
+        (tables, "Confusion matrices", "the run recorded none"),
+        (summary["similarity"], "Similarity of the sites", "the run recorded no similarity of updates"),
+        (
+            summary["separation"],
+            "Separation of the adapters",
+            "the method has no two adapters to compare, or recorded nothing about them",
+        ),
+        (summary["traffic"], "Traffic and time", "the run recorded no rounds"),
+        (summary["sheet"], "Data sheet", "the run carries none"),
+        (summary["experiment"], "Experiment", "experiment.toml is not in the run directory"),
+    ]
+    return [{"section": section, "why": why} for data, section, why in checks if not data]

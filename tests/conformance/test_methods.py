@@ -1,0 +1,233 @@
+"""Every registered method passes the same suite; a new method is picked up from the registry."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
+
+from confrere import config
+from confrere.federation.loop import federate
+from confrere.federation.transport import Failure, InProcess
+from confrere.learner import predict
+from confrere.method import METHODS, Method, Reply, Request, make
+from confrere.record.files import read_state, write_state
+from confrere.record.run import Run
+from confrere.record.store import MemoryStore
+from confrere.tensors import State, digest, flatten, n_bytes, weighted_mean
+
+VARIANTS: dict[str, Method] = {name: make(name) for name in sorted(METHODS)}
+VARIANTS |= {
+    "fedopal-local-head": make("fedopal", {"head": "local"}),
+    "fedopal-ffa": make("fedopal", {"aggregation": "ffa", "warmup": 0}),
+    "fedopal-svd": make("fedopal", {"aggregation": "svd", "regulariser": "W-A2"}),
+    "fedopal-R-cos": make("fedopal", {"regulariser": "R-cos", "routing": "personal_only", "warmup": 0}),
+    "fedopal-R-feat": make("fedopal", {"regulariser": "R-feat", "routing": "general_only", "warmup": 0}),
+}
+every = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS)
+
+
+def trainers(method: Method) -> tuple[str, ...]:
+    return ("pooled",) if method.pools else SITES
+
+
+def site_states(sites: Mapping[str, object], rounds: int) -> dict[str, str]:
+    return {name: digest(site.store.before(rounds + 1) or {}) for name, site in sites.items()}  # type: ignore[attr-defined]
+
+
+@every
+def test_same_seed_same_bytes_and_another_seed_differs(method: Method, tmp_path: Path) -> None:
+    one, sites_one = tiny_run(method, tmp_path / "1")
+    two, sites_two = tiny_run(method, tmp_path / "2")
+    other, sites_other = tiny_run(method, tmp_path / "3", seed=1)
+    assert digest(one) == digest(two)
+    assert site_states(sites_one, 3) == site_states(sites_two, 3)
+    assert (digest(one), site_states(sites_one, 3)) != (digest(other), site_states(sites_other, 3))
+
+
+class Shuffled(InProcess):
+    """Returns replies in reverse order."""
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        return super().exchange(requests)[::-1]
+
+
+class Disk(InProcess):
+    """Sends every request and reply through bytes, as a wire would."""
+
+    def __init__(self, sites: Mapping[str, object], folder: Path) -> None:
+        super().__init__(sites)  # type: ignore[arg-type]
+        self.folder = folder
+
+    def carry(self, state: State) -> State:
+        write_state(self.folder / "message.safetensors", state, {})
+        return read_state(self.folder / "message.safetensors")[0]
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        carried = {
+            name: Request(kind=r.kind, round=r.round, state=self.carry(r.state), split=r.split, model=r.model)
+            for name, r in requests.items()
+        }
+        replies = []
+        for r in super().exchange(carried):
+            assert isinstance(r, Reply)
+            replies.append(Reply(site=r.site, round=r.round, state=self.carry(r.state), weight=r.weight, metrics=r.metrics))
+        return replies
+
+
+@every
+def test_order_of_replies_and_the_wire_do_not_matter(method: Method, tmp_path: Path) -> None:
+    plain, plain_sites = tiny_run(method, tmp_path / "1")
+    for kind, transport in (("order", Shuffled), ("wire", lambda s: Disk(s, tmp_path))):
+        sites = tiny_sites(method)
+        server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+        final = federate(method, server, transport(sites), tiny_plan(method), Run(tmp_path / kind))
+        assert digest(final) == digest(plain), kind
+        assert site_states(sites, 3) == site_states(plain_sites, 3), kind
+
+
+@every
+def test_redelivery_gives_the_same_reply_and_state(method: Method) -> None:
+    sites = tiny_sites(method)
+    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    site = sites[trainers(method)[0]]
+    request = Request(kind="train", round=1, state=method.broadcast(server, site.name))
+    first = site.handle(request)
+    before = digest(site.store.before(2) or {})
+    second = site.handle(request)
+    assert digest(first.state) == digest(second.state)
+    assert digest(site.store.before(2) or {}) == before
+
+
+@every
+def test_only_declared_groups_leave_and_no_private_tensor_among_them(method: Method) -> None:
+    sites = tiny_sites(method)
+    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    for name in trainers(method):
+        reply = sites[name].handle(Request(kind="train", round=1, state=method.broadcast(server, name)))
+        assert set(reply.state) <= set(method.sends)
+        private = flatten(sites[name].store.before(2) or {}).items()
+        for sent_name, sent in flatten(reply.state).items():
+            for kept_name, kept in private:
+                same = sent.shape == kept.shape and torch.equal(sent, kept)
+                assert not same or float(sent.abs().max()) == 0, f"{sent_name} equals private {kept_name}"
+
+
+@every
+def test_inputs_are_not_changed(method: Method) -> None:
+    sites = tiny_sites(method)
+    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    replies = []
+    for name in trainers(method):
+        received = method.broadcast(server, name)
+        marks = digest(received), digest({"i": sites[name].initial})
+        replies.append(sites[name].handle(Request(kind="train", round=1, state=received)))
+        assert (digest(received), digest({"i": sites[name].initial})) == marks
+    marks = digest(server), [digest(r.state) for r in replies]
+    method.aggregate(server, replies)
+    assert (digest(server), [digest(r.state) for r in replies]) == marks
+
+
+@every
+def test_resume_equals_the_uninterrupted_run(method: Method, tmp_path: Path) -> None:
+    whole, whole_sites = tiny_run(method, tmp_path / "whole", rounds=3, disk=True)
+    # Interrupted after the sites of round 3 answered, before the server committed it.
+    _, sites = tiny_run(method, tmp_path / "cut", rounds=3, disk=True)
+    run = Run(tmp_path / "cut")
+    kept = [line for line in run.events_file.read_text().splitlines() if '"round": 3' not in line]
+    run.events_file.write_text("\n".join(kept) + "\n" + '{"event": "rou')
+    run.server_file(3).unlink()
+    resumed, sites = tiny_run(method, tmp_path / "cut", rounds=3, disk=True)
+    assert digest(resumed) == digest(whole)
+    assert site_states(sites, 3) == site_states(whole_sites, 3)
+
+
+@every
+def test_zero_learning_rate_is_a_fixed_point(method: Method, tmp_path: Path) -> None:
+    final, sites = tiny_run(method, tmp_path, lr=0.0, weight_decay=0.0)
+    start = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    backbone = tiny_backbone(method.slots)
+    for name in SITES:
+        untrained = method.personal(method.broadcast(start, name), method.init_site(sites[name].initial))
+        trained = sites[name].params(Request(kind="evaluate", round=3, state=method.broadcast(final, name)))
+        rows = sites[name].data.rows("test")
+        left, right = (predict(backbone, p, sites[name].data, rows) for p in (untrained, trained))
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+@every
+def test_equal_sites_stay_equal(method: Method) -> None:
+    if method.pools:
+        pytest.skip("the pooled control has one training site")
+    sites = tiny_sites(method)
+    twin = tiny_sites(method)["a"]
+    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    received = method.broadcast(server, "a")
+    replies = [s.handle(Request(kind="train", round=1, state=received)) for s in (sites["a"], twin)]
+    merged = method.aggregate(server, replies)
+    alone = method.aggregate(server, replies[:1])
+    for name, value in flatten(merged).items():
+        torch.testing.assert_close(value, flatten(alone)[name], rtol=1e-4, atol=1e-6)
+
+
+@every
+def test_options_survive_toml_and_print(method: Method) -> None:
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    experiment = config.validate({"path": "x", "controls": (), "method": {"name": method.name, **options}})
+    import tomllib
+
+    assert config.validate(tomllib.loads(experiment.toml())) == experiment
+    assert experiment.build_method() == method
+    assert type(method).__name__ in repr(method)
+    assert pickle.loads(pickle.dumps(method)) == method  # for other people's tools; nothing of ours unpickles
+
+
+@every
+def test_a_site_that_never_trained_can_predict(method: Method, tmp_path: Path) -> None:
+    final, _ = tiny_run(method, tmp_path)
+    newcomer = tiny_sites(method)["b"]
+    newcomer.store = MemoryStore()
+    reply = newcomer.handle(Request(kind="evaluate", round=3, state=method.broadcast(final, "b")))
+    assert 0.0 <= reply.metrics["score"] <= 1.0
+
+
+@every
+def test_a_method_that_needs_a_sum_gets_by_with_one(method: Method) -> None:
+    if method.needs != "sum" or not method.sends or method.pools:
+        pytest.skip("needs each update, sends nothing, or has one site")
+    sites = tiny_sites(method)
+    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    replies = [s.handle(Request(kind="train", round=1, state=method.broadcast(server, n))) for n, s in sites.items()]
+    pooled = {g: weighted_mean([(r.weight, r.state[g]) for r in replies]) for g in replies[0].state}
+    one = Reply(site="sum", round=1, state=pooled, weight=sum(r.weight for r in replies))
+    left, right = flatten(method.aggregate(server, replies)), flatten(method.aggregate(server, [one]))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name])
+
+
+@every
+def test_reported_bytes_are_the_bytes_that_moved(method: Method, tmp_path: Path) -> None:
+    tiny_run(method, tmp_path, disk=True)
+    sites = tiny_sites(method)
+    server = Run(tmp_path).server(0)
+    record = next(e for e in Run(tmp_path).events() if e["event"] == "round" and e["round"] == 1)["sites"]
+    for name in trainers(method):
+        request = Request(kind="train", round=1, state=method.broadcast(server, name))
+        reply = sites[name].handle(request)
+        assert record[name]["sent_bytes"] == n_bytes(reply.state)
+        assert record[name]["received_bytes"] == n_bytes(request.state)
+
+
+@every
+def test_training_learns(method: Method, tmp_path: Path) -> None:
+    tiny_run(method, tmp_path, rounds=4, steps=8, lr=1e-2)
+    losses = [
+        sum(s["loss"] for s in e["sites"].values()) / len(e["sites"])
+        for e in Run(tmp_path).events() if e["event"] == "round"
+    ]
+    assert losses[-1] < 0.8 * losses[0]

