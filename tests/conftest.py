@@ -68,7 +68,12 @@ def initial_params(backbone: Backbone, method: Method, site: str, rank: int = 4,
 
 
 def tiny_sites(
-    method: Method, *, seed: int = 0, rounds: int = 3, stores: dict[str, Store] | None = None, **settings: object
+    method: Method,
+    *,
+    seed: int = 0,
+    rounds: int = 3,
+    stores: dict[str, Store] | None = None,
+    **settings: object,
 ) -> dict[str, Site]:
     """Return three sites (and the pooled one where the method asks for it)."""
     backbone = tiny_backbone(method.slots)
@@ -100,8 +105,14 @@ def tiny_plan(method: Method, *, rounds: int = 3, seed: int = 0, **changes: obje
 
 
 def tiny_run(
-    method: Method, folder: Path, *, rounds: int = 3, seed: int = 0, transport: Transport | None = None,
-    disk: bool = False, **settings: object,
+    method: Method,
+    folder: Path,
+    *,
+    rounds: int = 3,
+    seed: int = 0,
+    transport: Transport | None = None,
+    disk: bool = False,
+    **settings: object,
 ) -> tuple[State, dict[str, Site]]:
     """Run a method on the tiny federation; return the server's state and the sites."""
     run = Run(folder)

@@ -13,7 +13,10 @@ import typer
 from confrere.errors import ConfigError, ConfrereError, RunError
 
 app = typer.Typer(
-    name="confrere", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="confrere",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Hospitals fine-tune one frozen vision model together; each learns whether joining paid.",
     epilog="Exit codes: 0 done, 2 wrong option or experiment, 3 data, 4 backbone, 5 run directory, 6 refused "
     "update, 7 diverged, 8 missing package, 130 interrupted (resume continues).",

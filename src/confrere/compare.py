@@ -14,8 +14,8 @@ import numpy as np
 from confrere.config import Experiment
 from confrere.errors import ConfigError, RunError
 from confrere.job import machine, run_experiment
-from confrere.metrics.paired import holm, verdict
 from confrere.method import METHODS, nearest
+from confrere.metrics.paired import holm, verdict
 from confrere.record.files import read_json, write_bytes, write_json
 from confrere.record.run import Run
 from confrere.verdicts import site_gain
@@ -24,14 +24,24 @@ Notify = Callable[[dict[str, Any]], None]
 
 
 def compare(
-    experiment: Experiment, methods: Sequence[str], seeds: Sequence[int], out: Path, *,
-    jobs: int = 1, notify: Notify = lambda event: None,
+    experiment: Experiment,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    jobs: int = 1,
+    notify: Notify = lambda event: None,
 ) -> dict[str, Any]:
     """Train every method with every seed into ``out/runs/<method>/seed-<s>`` and write comparison.json.
 
     Finished runs are kept, so a comparison that was stopped continues where it was.
 
     Args:
+        experiment: everything that is the same for all runs.
+        methods: the first is tested against each of the others.
+        seeds: of training; the split is the same for all.
+        out: directory of the comparison.
+        notify: called with each event.
         jobs: runs at a time, each in its own process with ``experiment.threads`` threads.
 
     Raises:
@@ -42,9 +52,7 @@ def compare(
             raise ConfigError(f"unknown method {name!r}", where="--methods", fix=nearest(name, METHODS))
     if not methods or not seeds or len(set(seeds)) != len(seeds) or len(set(methods)) != len(methods):
         raise ConfigError("give methods and seeds, each once", fix="--methods fedopal,local --seeds 0,1,2")
-    todo = [
-        (experiment.for_method(name, seed=seed), folder(out, name, seed)) for seed in seeds for name in methods
-    ]
+    todo = [(experiment.for_method(name, seed=seed), folder(out, name, seed)) for seed in seeds for name in methods]
     todo = [(one, path) for one, path in todo if not (path / "results.json").exists()]
     if jobs == 1:
         for one, path in todo:
@@ -66,16 +74,16 @@ def summarise(out: Path, methods: Sequence[str], seeds: Sequence[int], experimen
     """Return comparison.json from finished runs: one row a method, paired tests of the first against the others."""
     first = folder(out, methods[0], seeds[0])
     rows = [_row(name, [folder(out, name, s) for s in seeds], seeds) for name in methods]
-    pairs = [
-        pair
-        for other in methods[1:]
-        for pair in _pairs(methods[0], other, out, seeds, sorted(rows[0]["sites"]))
-    ]
+    pairs = [pair for other in methods[1:] for pair in _pairs(methods[0], other, out, seeds, sorted(rows[0]["sites"]))]
     for pair, p in zip(pairs, holm([p["p"] for p in pairs]), strict=True):
         pair["p_holm"] = p
     return {
-        "methods": rows, "pairs": pairs, "seeds": list(seeds), "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"), "federation": read_json(first / "federation.json"),
+        "methods": rows,
+        "pairs": pairs,
+        "seeds": list(seeds),
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "federation": read_json(first / "federation.json"),
         "experiment": experiment.toml(),
         "command": f"confrere compare DATA --methods {','.join(methods)} --seeds {','.join(map(str, seeds))}",
     }
@@ -157,7 +165,8 @@ def _overlap(runs: Sequence[Path], results: Sequence[Mapping[str, Any]]) -> dict
 
 def _in_processes(todo: Sequence[tuple[Experiment, Path]], jobs: int, notify: Notify) -> None:
     """Run experiments in separate processes, ``jobs`` at a time; a process is only given a TOML file."""
-    waiting, running = list(todo), {}
+    waiting = list(todo)
+    running: dict[Path, subprocess.Popen[str]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:

@@ -108,7 +108,8 @@ class Experiment(Part):
         if self.adapter.rank % len(method.slots):
             raise ConfigError(
                 f"rank {self.adapter.rank} cannot be divided among {len(method.slots)} adapters",
-                where="adapter.rank", fix="use an even rank",
+                where="adapter.rank",
+                fix="use an even rank",
             )
         if self.federation.min_replies > 1 and method.pools:
             raise ConfigError("pooled training has one site", where="federation.min_replies", fix="use 1")
@@ -145,7 +146,9 @@ def validate(values: Mapping[str, Any]) -> Experiment:
             raise ConfigError("unknown key", where=where, fix=_valid_keys(where)) from None
         if first["type"] == "missing":
             raise ConfigError("a required key is missing", where=where, fix=f"set {where}") from None
-        raise ConfigError(f"{first['msg']}; got {first['input']!r}", where=where, fix="see `confrere run --help`") from None
+        raise ConfigError(
+            f"{first['msg']}; got {first['input']!r}", where=where, fix="see `confrere run --help`"
+        ) from None
 
 
 def read(path: Path) -> dict[str, Any]:

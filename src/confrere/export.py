@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save
 
 from confrere.adapters import head, lora
 from confrere.adapters.algebra import merge_slots
+from confrere.adapters.folder import export
 from confrere.backbones import Backbone
 from confrere.federation.site import Site
 from confrere.method import Method, Request
@@ -18,31 +19,44 @@ from confrere.tensors import State, pick
 
 
 def export_adapters(
-    folder: Path, backbone: Backbone, method: Method, server: State, sites: Mapping[str, Site],
-    results: Mapping[str, Any], round_: int,
+    folder: Path,
+    backbone: Backbone,
+    method: Method,
+    server: State,
+    sites: Mapping[str, Site],
+    results: Mapping[str, Any],
+    round_: int,
 ) -> None:
     """Write ``<site>/{general,personal,merged}/`` and ``<site>/head.{safetensors,json}`` for every examined site.
 
     A slot that the method does not train is left out. ``merged`` holds all slots as one adapter of summed rank.
     """
     for name, entry in results["sites"].items():
-        model = "general" if entry["held_out"] else "personalised"
+        model: Literal["general", "personalised"] = "general" if entry["held_out"] else "personalised"
         if entry["models"][model] is None:
             continue
         request = Request(kind="evaluate", round=round_, state=method.broadcast(server, name), model=model)
         params = sites[name].params(request)
         for slot in method.slots:
-            chosen = pick(params, lambda n, slot=slot: lora.slot_of(n) == slot)
-            lora.export(folder / name / slot, chosen, scale=backbone.scale, base_name=backbone.name)
+            chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
+            export(folder / name / slot, chosen, scale=backbone.scale, base_name=backbone.name)
         merged = merge_slots(params, method.slots)
-        lora.export(folder / name / "merged", merged, scale=backbone.scale, base_name=backbone.name)
+        export(folder / name / "merged", merged, scale=backbone.scale, base_name=backbone.name)
         write_bytes(folder / name / "head.safetensors", save(pick(params, lambda n: n in head.NAMES)))
         write_json(
             folder / name / "head.json",
             {
-                "site": name, "model": model, "classes": results["classes"], "pool": backbone.pool,
-                "temperature": entry["temperature"], "backbone": backbone.name, "backbone_sha256": backbone.digest,
-                "depth": backbone.depth, "image_size": list(backbone.image_size), "scale": backbone.scale,
-                "adapted_layers": list(backbone.layers),
+                "site": name,
+                "model": model,
+                "classes": results["classes"],
+                "pool": backbone.pool,
+                "temperature": entry["temperature"],
+                "backbone": backbone.name,
+                "backbone_sha256": backbone.digest,
+                "depth": backbone.depth,
+                "image_size": list(backbone.image_size),
+                "scale": backbone.scale,
+                "blocks": backbone.spec.blocks,
+                "targets": backbone.spec.targets,
             },
         )

@@ -21,7 +21,7 @@ from confrere.errors import ConfigError, RunError
 from confrere.export import export_adapters
 from confrere.federation.loop import Plan, best_round, federate
 from confrere.federation.site import Site
-from confrere.federation.transport import InProcess
+from confrere.federation.transport import Failure, InProcess
 from confrere.learner import TokenSet, TrainSettings
 from confrere.method import Method, Request
 from confrere.metrics.across_sites import summary
@@ -83,8 +83,12 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
     spec = experiment.backbone
     size = experiment.data.image_size or _image_size(spec.name, spec.image_size)
     federation = load_federation(
-        Path(experiment.path), options=experiment.data, image_size=size, seed=experiment.split_seed,
-        cache=cache_dir(), splits=out / "splits.csv",
+        Path(experiment.path),
+        options=experiment.data,
+        image_size=size,
+        seed=experiment.split_seed,
+        cache=cache_dir(),
+        splits=out / "splits.csv",
     )
     if experiment.hold_out is not None:
         federation.site(experiment.hold_out)  # DataError names the sites when there is none of this name
@@ -99,10 +103,15 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
     backbone = load(
         spec.name,
         lora=lora.LoraSpec(
-            slots=method.slots, blocks=adapter.blocks, targets=adapter.targets,
-            scale=adapter.scale, dropout=adapter.dropout,
+            slots=method.slots,
+            blocks=adapter.blocks,
+            targets=adapter.targets,
+            scale=adapter.scale,
+            dropout=adapter.dropout,
         ),
-        depth=spec.depth, image_size=federation.image_size, sha256=spec.sha256,
+        depth=spec.depth,
+        image_size=federation.image_size,
+        sha256=spec.sha256,
     )
 
     def progress(site: str, done: int, total: int) -> None:
@@ -121,10 +130,14 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
     if method.pools:
         sites[POOLED] = make_site(task, POOLED, run)
     plan = Plan(
-        rounds=experiment.rounds, seed=experiment.seed, fraction=experiment.federation.fraction,
-        min_replies=experiment.federation.min_replies, every=experiment.selection.every,
+        rounds=experiment.rounds,
+        seed=experiment.seed,
+        fraction=experiment.federation.fraction,
+        min_replies=experiment.federation.min_replies,
+        every=experiment.selection.every,
         patience=experiment.selection.patience,
-        train=(POOLED,) if method.pools else tuple(task.training_sites), judge=tuple(task.training_sites),
+        train=(POOLED,) if method.pools else tuple(task.training_sites),
+        judge=tuple(task.training_sites),
     )
     server = method.init_server(initial(task, ""))
     transport = InProcess(sites)
@@ -150,8 +163,15 @@ def make_site(task: Task, name: str, run: Run) -> Site:
         write_state(store.folder / f"test-{model}.safetensors", {"test": predictions}, {"site": name})
 
     return Site(
-        name=name, method=task.method, backbone=task.backbone, data=data, initial=initial(task, name),
-        store=store, seed=experiment.seed, rounds=experiment.rounds, keep=keep,
+        name=name,
+        method=task.method,
+        backbone=task.backbone,
+        data=data,
+        initial=initial(task, name),
+        store=store,
+        seed=experiment.seed,
+        rounds=experiment.rounds,
+        keep=keep,
         settings=TrainSettings(**{**choice.model_dump(), "steps": steps}),
         weight=float(examples) if experiment.federation.weights == "images" else 1.0,
         val_limit=experiment.selection.images or None,
@@ -175,7 +195,8 @@ def examine_sites(task: Task, run: Run, transport: InProcess, round_: int) -> di
     sites: dict[str, Any] = {name: {"models": {}} for name in sorted(task.data)}
     for model in ("personalised", "general"):
         asked = [
-            s for s in sites
+            s
+            for s in sites
             if (model == "general" and method.has_general()) or (model == "personalised" and s != experiment.hold_out)
         ]
         requests = {
@@ -183,6 +204,8 @@ def examine_sites(task: Task, run: Run, transport: InProcess, round_: int) -> di
             for s in asked
         }
         for reply in transport.exchange(requests):
+            if isinstance(reply, Failure):
+                raise RunError(f"the examination failed: {reply.reason}", where=f"site {reply.site}")
             sites[reply.site]["models"][model] = reply.metrics["metrics"]
             if model == "personalised" or reply.site == experiment.hold_out:
                 sites[reply.site] |= {k: v for k, v in reply.metrics.items() if k != "metrics"}
@@ -191,12 +214,19 @@ def examine_sites(task: Task, run: Run, transport: InProcess, round_: int) -> di
         entry["held_out"] = name == experiment.hold_out
         entry["models"] = {m: entry["models"].get(m) for m in ("personalised", "general")}
         own = [e["sites"][name] for e in events if name in e["sites"]]
-        entry["sent_bytes"], entry["received_bytes"] = (sum(x[k] for x in own) for k in ("sent_bytes", "received_bytes"))
+        entry["sent_bytes"], entry["received_bytes"] = (
+            sum(x[k] for x in own) for k in ("sent_bytes", "received_bytes")
+        )
     return {
-        "method": method.name, "title": method.title, "seed": experiment.seed,
-        "round": round_, "rounds": len(events), "held_out": experiment.hold_out,
+        "method": method.name,
+        "title": method.title,
+        "seed": experiment.seed,
+        "round": round_,
+        "rounds": len(events),
+        "held_out": experiment.hold_out,
         "classes": list(task.federation.classes),
-        "method_info": describe_method(method), "sites": sites,
+        "method_info": describe_method(method),
+        "sites": sites,
         "summary": {m: _summary(sites, m) for m in ("personalised", "general")},
         "machine": machine(),
     }
@@ -208,7 +238,10 @@ def describe_method(method: Method) -> dict[str, Any]:
     kept = [s for s in method.slots if s not in sent]
     head_sent = bool(method.sends) and method.shared(head.WEIGHT)
     return {
-        "name": method.name, "title": method.title, "paper": method.paper, "needs": method.needs,
+        "name": method.name,
+        "title": method.title,
+        "paper": method.paper,
+        "needs": method.needs,
         "sends": [f"{s} adapter" for s in sent] + (["head"] if head_sent else []),
         "keeps": [f"{s} adapter" for s in kept] + ([] if head_sent else ["head"]),
     }
@@ -251,7 +284,8 @@ def check_same(out: Path, *, accept_drift: bool = False) -> Experiment:
     changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
     if changed and not accept_drift:
         raise RunError(
-            "the machine or its packages changed since this run began: " + "; ".join(changed), where=str(out),
+            "the machine or its packages changed since this run began: " + "; ".join(changed),
+            where=str(out),
             fix="restore them, or resume with --accept-drift and give up bit-identity",
         )
     if changed:
@@ -265,8 +299,12 @@ def _write_once(out: Path, experiment: Experiment, federation: Federation) -> No
         write_json(
             out / "federation.json",
             {
-                "name": federation.name, "synthetic": federation.synthetic, "classes": list(federation.classes),
-                "image_size": list(federation.image_size), "digest": federation.digest, "sheet": federation.sheet,
+                "name": federation.name,
+                "synthetic": federation.synthetic,
+                "classes": list(federation.classes),
+                "image_size": list(federation.image_size),
+                "digest": federation.digest,
+                "sheet": federation.sheet,
             },
         )
         write_bytes(out / "experiment.toml", experiment.toml().encode())
@@ -286,8 +324,7 @@ def _image_size(name: str, side: int | None) -> tuple[int, int]:
 def _summary(sites: Mapping[str, Any], model: str) -> dict[str, Any] | None:
     values = {
         name: entry["models"][model]["balanced_accuracy"]["value"]
-        for name, entry in sites.items() if entry["models"][model]
+        for name, entry in sites.items()
+        if entry["models"][model]
     }
     return summary(values) if values else None
-
-

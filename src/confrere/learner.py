@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,14 @@ class TrainSettings:
     clip: float = 1.0
 
 
+class Array(Protocol):
+    """What can be read by row number: an array, a memory map, or several of them as one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
     """One site's images after the frozen prefix, with labels, patients and split.
@@ -48,7 +57,7 @@ class TokenSet:
         labels: int64 (N,). groups: int64 (N,), opaque patient numbers. split: int8 (N,), 0 train, 1 val, 2 test.
     """
 
-    tokens: np.ndarray
+    tokens: Array
     labels: np.ndarray
     groups: np.ndarray
     split: np.ndarray
@@ -136,7 +145,7 @@ class Learner:
                 if penalty is not None:
                     loss = loss + penalty(leaves, batch)
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                torch.autograd.backward(loss)
                 norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
                 if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
                     raise TrainingError(

@@ -18,9 +18,14 @@ def backbone_rows() -> list[dict[str, Any]]:
     """Return one row per known backbone."""
     return [
         {
-            "name": e.name, "source": e.source, "licence": e.licence,
+            "name": e.name,
+            "source": e.source,
+            "licence": e.licence,
             "input": "x".join(map(str, e.input_size)) if e.input_size else None,
-            "blocks": e.depth, "width": e.width, "sha256": e.sha256, "note": e.note,
+            "blocks": e.depth,
+            "width": e.width,
+            "sha256": e.sha256,
+            "note": e.note,
         }
         for e in REGISTRY.values()
     ]

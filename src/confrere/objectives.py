@@ -61,9 +61,7 @@ def weighted_cross_entropy(logits_BK: Tensor, labels_B: Tensor, weights_K: Tenso
     return (weights_K.to(losses_B)[labels_B] * losses_B).mean()
 
 
-def focal(
-    logits_BK: Tensor, labels_B: Tensor, weights_K: Tensor | None = None, *, gamma: float = FOCUS
-) -> Tensor:
+def focal(logits_BK: Tensor, labels_B: Tensor, weights_K: Tensor | None = None, *, gamma: float = FOCUS) -> Tensor:
     """Return the focal loss, the mean of ``w_y (1 - p_y)^gamma * -log p_y``, a scalar.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from confrere.adapters import lora
+from confrere.adapters.folder import import_
 from confrere.backbones import Backbone, load
 from confrere.data.decode import BadImageError, decode
 from confrere.data.options import DataOptions
@@ -28,20 +29,26 @@ class Predictor:
         if not (folder / "head.json").exists():
             known = sorted(p.parent.name for p in (run / "adapters").glob("*/head.json"))
             raise RunError(
-                f"the run holds no adapters of site {site!r}", where=str(run),
+                f"the run holds no adapters of site {site!r}",
+                where=str(run),
                 fix=f"use one of: {', '.join(known)}" if known else "finish the run first: confrere resume RUN",
             )
         self.info = read_json(folder / "head.json")
         self.classes: list[str] = self.info["classes"]
-        adapter = lora.import_(folder / "merged", slot="general")
+        adapter = import_(folder / "merged", slot="general", scale=self.info["scale"])
         self.params: Tensors = {**adapter, **load_file(folder / "head.safetensors")}
-        layers = "|".join(self.info["targets"])
         self.backbone: Backbone = load(
             self.info["backbone"],
             lora=lora.LoraSpec(
-                slots=("general",), blocks=self.info["blocks"], targets=layers, scale=self.info["scale"], dropout=0.0
+                slots=("general",),
+                blocks=self.info["blocks"],
+                targets=self.info["targets"],
+                scale=self.info["scale"],
+                dropout=0.0,
             ),
-            depth=self.info["depth"], image_size=tuple(self.info["image_size"]), pool=self.info["pool"],
+            depth=self.info["depth"],
+            image_size=tuple(self.info["image_size"]),
+            pool=self.info["pool"],
             sha256=self.info["backbone_sha256"],
         )
 
@@ -49,7 +56,7 @@ class Predictor:
         """Return calibrated probabilities (B, K) of decoded images (B, H, W, 3) uint8."""
         with torch.no_grad():
             logits = self.backbone.logits(self.params, self.backbone.prefix(images)).double()
-        return (logits / self.info["temperature"]).softmax(1).numpy()
+        return np.asarray((logits / self.info["temperature"]).softmax(1))
 
     def overlay(self, image: np.ndarray) -> bytes:
         """Return a PNG of one decoded image (H, W, 3) beside where the model looks."""
@@ -96,7 +103,7 @@ def predict_folder(
     images, names, problems = _decode(files, source, predictor.backbone.image_size)
     if not images:
         raise DataError("none of the files is a readable image", where=str(source), fix="\n  ".join(problems[:5]))
-    rows = []
+    rows: list[np.ndarray] = []
     for start in range(0, len(images), batch_size):
         rows.extend(predictor.probabilities(np.stack(images[start : start + batch_size])))
     write_bytes(out, _csv(names, rows, predictor.classes))

@@ -79,7 +79,7 @@ def _compute(
         try:
             out = None
             for start in range(0, total, BATCH):
-                part = backbone.prefix(np.array(site.images[start : start + BATCH])).cpu().numpy()
+                part = backbone.prefix(site.images[np.arange(start, min(start + BATCH, total))]).cpu().numpy()
                 if out is None:
                     out = np.lib.format.open_memmap(name, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
                 out[start : start + len(part)] = part
@@ -93,6 +93,7 @@ def _compute(
             raise
     except OSError as error:
         raise DataError(
-            f"cannot write the cache of frozen activations: {error.strerror}", where=str(path.parent),
+            f"cannot write the cache of frozen activations: {error.strerror}",
+            where=str(path.parent),
             fix="free space there, or set CONFRERE_CACHE to another directory",
         ) from error

@@ -18,8 +18,14 @@ def progress(*, quiet: bool) -> Iterator[Notify]:
     """Yield a function that shows each event; without a terminal it prints one line a round."""
     console = Console(quiet=quiet, highlight=False, stderr=True)
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal,
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
     with bars:
         yield _Show(console, bars)

@@ -17,8 +17,11 @@ def scalars(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     if event["event"] == "round":
         yield "seconds", event["seconds"]
         for site, record in event["sites"].items():
-            yield from ((f"{key}/{site}", float(record[key])) for key in ("loss", "sent_bytes", "received_bytes")
-                        if record[key] is not None)
+            yield from (
+                (f"{key}/{site}", float(record[key]))
+                for key in ("loss", "sent_bytes", "received_bytes")
+                if record[key] is not None
+            )
         if event["diagnostics"]["aggregation_error"] is not None:
             yield "aggregation_error", event["diagnostics"]["aggregation_error"]
         for moment in ("overlap_before", "overlap_after"):

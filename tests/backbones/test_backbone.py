@@ -21,9 +21,7 @@ def test_the_package_imports_without_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_loading_twice_gives_the_same_function_and_leaves_the_global_generator_alone(
-    backbone, images, make_params
-):
+def test_loading_is_repeatable_and_leaves_the_global_generator_alone(backbone, images, make_params):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     again = load("test-vit", lora=SPEC)
@@ -31,9 +29,7 @@ def test_loading_twice_gives_the_same_function_and_leaves_the_global_generator_a
     params = make_params(backbone)
     assert again.digest == backbone.digest
     assert again.prefix_digest == backbone.prefix_digest
-    assert torch.equal(
-        again.logits(params, again.prefix(images)), backbone.logits(params, backbone.prefix(images))
-    )
+    assert torch.equal(again.logits(params, again.prefix(images)), backbone.logits(params, backbone.prefix(images)))
 
 
 def test_loading_is_silent(capfd):

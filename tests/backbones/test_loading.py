@@ -29,12 +29,8 @@ def _model(family: str) -> torch.nn.Module:
         "vit": lambda: t.ViTModel(t.ViTConfig(**SMALL, intermediate_size=64)),
         "deit": lambda: t.DeiTModel(t.DeiTConfig(**SMALL, intermediate_size=64)),
         "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**SMALL)),
-        "registers": lambda: t.Dinov2WithRegistersModel(
-            t.Dinov2WithRegistersConfig(**SMALL, num_register_tokens=2)
-        ),
-        "dinov3": lambda: t.DINOv3ViTModel(
-            t.DINOv3ViTConfig(**SMALL, intermediate_size=64, num_register_tokens=1)
-        ),
+        "registers": lambda: t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**SMALL, num_register_tokens=2)),
+        "dinov3": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**SMALL, intermediate_size=64, num_register_tokens=1)),
         "resnet": lambda: t.ResNetModel(
             t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
         ),
@@ -73,9 +69,7 @@ def test_families_load_from_a_folder_and_equal_their_own_forward(family, tmp_pat
     params = lora.init(backbone.adapter_shapes({"general": 2}), torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(pixel_values=backbone.normalise(images)).last_hidden_state[:, 0]
-        torch.testing.assert_close(
-            backbone.features(params, backbone.prefix(images)), expected, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(backbone.features(params, backbone.prefix(images)), expected, rtol=1e-4, atol=1e-5)
     looks = backbone.attention(make_params(backbone, general=2), backbone.prefix(images))
     assert looks.shape == (2, 4, 4)
 

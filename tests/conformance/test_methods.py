@@ -76,7 +76,9 @@ class Disk(InProcess):
         replies = []
         for r in super().exchange(carried):
             assert isinstance(r, Reply)
-            replies.append(Reply(site=r.site, round=r.round, state=self.carry(r.state), weight=r.weight, metrics=r.metrics))
+            replies.append(
+                Reply(site=r.site, round=r.round, state=self.carry(r.state), weight=r.weight, metrics=r.metrics)
+            )
         return replies
 
 
@@ -228,6 +230,7 @@ def test_training_learns(method: Method, tmp_path: Path) -> None:
     tiny_run(method, tmp_path, rounds=4, steps=8, lr=1e-2)
     losses = [
         sum(s["loss"] for s in e["sites"].values()) / len(e["sites"])
-        for e in Run(tmp_path).events() if e["event"] == "round"
+        for e in Run(tmp_path).events()
+        if e["event"] == "round"
     ]
     assert losses[-1] < 0.8 * losses[0]

@@ -99,7 +99,8 @@ def test_a_single_small_count_cannot_be_had_by_subtraction():
     }
     classes["z"]["total"] = 40
     site = {
-        "images": 73, "patients": 60, "duplicates": 0, "conflicts": 2, "bad_files": {"x": 1}, "formats": {"PNG": 73},
+        "images": 73, "patients": 60, "duplicates": 0, "conflicts": 2, "bad_files": {"x": 1},
+        "formats": {"PNG": 73},
         "splits": {s: {"images": 30, "patients": 20} for s in ("train", "val", "test")}, "classes": classes,
     }  # fmt: skip
     shared = suppress_small({"sites": {"a": site}})["sites"]["a"]

@@ -109,19 +109,17 @@ def test_a_changed_archive_is_refused(server, tmp_path):
         ("ham10000", None),
         ("medmnist:bloodmnist", None),
         ("medmnist:bloodmnist", "http://127.0.0.1:9"),
-        pytest.param(
-            "ham10000", "http://127.0.0.1:9", marks=pytest.mark.slow
-        ),  # the hub's client tries for long
+        pytest.param("ham10000", "http://127.0.0.1:9", marks=pytest.mark.slow),  # the hub's client tries for long
     ],
 )
 def test_absent_files_and_no_network_are_said(server, tmp_path, name, endpoint):
-    with pytest.raises(DataError, match="(?s)cannot download.*mirror"):
+    with pytest.raises(DataError, match=r"(?s)cannot download.*mirror"):
         download.get(name, tmp_path / "out", endpoint=endpoint or server[0])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_names_list_the_known(tmp_path):
-    with pytest.raises(DataError, match="(?s)'imagenet'.*ham10000, medmnist:bloodmnist"):
+    with pytest.raises(DataError, match=r"(?s)'imagenet'.*ham10000, medmnist:bloodmnist"):
         download.get("imagenet", tmp_path / "out")
 
 

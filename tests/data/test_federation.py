@@ -37,9 +37,7 @@ def test_a_folder_becomes_sites_in_the_order_of_hashes(root, cache):
         assert list(site.digests) == sorted(site.digests)
         assert len(set(site.groups.tolist())) == 12
         assert site.labels.dtype == site.groups.dtype == np.int64
-        assert sorted(np.concatenate([site.indices(s) for s in ("train", "val", "test")]).tolist()) == list(
-            range(24)
-        )
+        assert sorted(np.concatenate([site.indices(s) for s in ("train", "val", "test")]).tolist()) == list(range(24))
         for group in set(site.groups.tolist()):
             assert len(set(site.split[site.groups == group].tolist())) == 1
     assert not set(federation.sites[0].groups.tolist()) & set(federation.sites[1].groups.tolist())
@@ -206,9 +204,7 @@ def test_names_that_differ_in_spelling_are_kept_apart_and_mended_by_a_map(root, 
         load(root, cache, class_map={"gut": "good"})
 
 
-@pytest.mark.parametrize(
-    "wrong", ["site_level", "too_deep", "no_level", "site_name", "empty", "missing", "suffix"]
-)
+@pytest.mark.parametrize("wrong", ["site_level", "too_deep", "no_level", "site_name", "empty", "missing", "suffix"])
 def test_trees_that_do_not_fit_show_the_expected_one(tmp_path, cache, wrong):
     root = tmp_path / "h"
     root.mkdir()
@@ -278,9 +274,7 @@ def test_names_and_tags_never_leave(tmp_path, cache, capfd):
     (root / f"a/good/{CANARY}__2.png").write_text(CANARY)
     (root / "patients.csv").write_text(f"file,patient\na/good/agood0__0.png,{CANARY}\n")
     stored = tmp_path / "splits.csv"
-    federation = load_federation(
-        root, options=DataOptions(), image_size=(16, 16), seed=0, cache=cache, splits=stored
-    )
+    federation = load_federation(root, options=DataOptions(), image_size=(16, 16), seed=0, cache=cache, splits=stored)
     with pytest.raises(DataError) as caught:
         load(root, cache, on_bad="stop")
     shown = json.dumps(federation.sheet) + repr(federation) + str(caught.value) + "".join(capfd.readouterr())

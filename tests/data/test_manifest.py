@@ -93,8 +93,6 @@ def test_a_pooled_table_by_attribute(tmp_path):
         write(tmp_path / f"{i}.png", i)
         lines.append(f"{i}.png,{'xy'[i % 2]},{'Model A' if i < 8 else 'B-2'}")
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    federation = load(
-        tmp_path / "t.csv", tmp_path / "cache", partition={"by": "attribute", "column": "Scanner"}
-    )
+    federation = load(tmp_path / "t.csv", tmp_path / "cache", partition={"by": "attribute", "column": "Scanner"})
     assert [site.name for site in federation.sites] == ["b-2", "model_a"]
     assert np.array_equal(federation.sites[0].labels.sum(), 4)

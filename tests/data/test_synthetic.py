@@ -14,16 +14,11 @@ from confrere.errors import DataError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_microscopy(
-        tmp_path_factory.mktemp("synthetic") / "hospitals", seed=0, images=(30, 60), size=48
-    )
+    return make_microscopy(tmp_path_factory.mktemp("synthetic") / "hospitals", seed=0, images=(30, 60), size=48)
 
 
 def contents(root):
-    return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(root.rglob("*.png"))
-    }
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*.png"))}
 
 
 def test_it_is_a_federation_marked_as_synthetic(folder, tmp_path):

@@ -103,6 +103,27 @@ def test_undefined_scores_stay_undefined(tmp_path: Path) -> None:
     assert summary["verdicts"]["cards"][-1]["outcome"] == "undefined"
 
 
+def test_a_held_out_site_has_the_general_model_only(tmp_path: Path) -> None:
+    runs.make_run(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    written["held_out"] = "vienna_dias"
+    written["sites"]["vienna_dias"]["held_out"] = True
+    written["sites"]["vienna_dias"]["models"]["personalised"] = None
+    runs.write(tmp_path / "results.json", written)
+    site = summarize(tmp_path)["sites"][-1]
+    assert (site["held_out"], site["main"]) == (True, "general")
+
+
+def test_only_training_alone_decides_whether_joining_paid(tmp_path: Path) -> None:
+    runs.make_run(tmp_path)
+    written = json.loads((tmp_path / "verdicts.json").read_text())
+    del written["sites"]["rosendahl"]["local"]
+    runs.write(tmp_path / "verdicts.json", written)
+    card = summarize(tmp_path)["verdicts"]["cards"][0]
+    assert card["outcome"] == "undefined"
+    assert [gain["other"] for gain in card["gains"]] == ["pooled"]
+
+
 def test_nan_in_a_file_is_read_as_undefined(tmp_path: Path) -> None:
     runs.make_run(tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())

@@ -58,9 +58,7 @@ def merge_slots(tensors: Tensors, slots: Iterable[str], into: str = "merged") ->
     """Return all ``slots`` as one slot ``into`` of summed rank: the same function, the same scale."""
     factors = [pairs(tensors, slot) for slot in slots]
     layers = sorted({layer for each in factors for layer in each})
-    return named(
-        {layer: concat([each[layer] for each in factors if layer in each]) for layer in layers}, into
-    )
+    return named({layer: concat([each[layer] for each in factors if layer in each]) for layer in layers}, into)
 
 
 def refactor(pair: Pair, rank: int) -> Pair:
@@ -86,9 +84,7 @@ def refactor(pair: Pair, rank: int) -> Pair:
     return new_a.to(pair[0]), new_b.to(pair[1])
 
 
-def average_products(
-    sent: Iterable[tuple[float, Tensors]], slot: str, rank: int | None = None
-) -> dict[str, Tensor]:
+def average_products(sent: Iterable[tuple[float, Tensors]], slot: str, rank: int | None = None) -> dict[str, Tensor]:
     """Return ``slot`` with the best rank-``rank`` factors of the weighted mean of the products ``B A``.
 
     Args:

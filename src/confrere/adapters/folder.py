@@ -90,9 +90,7 @@ def import_(folder: Path, *, slot: str, scale: float | None = None) -> dict[str,
     try:
         stored = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise BackboneError(
-            f"{WEIGHTS} is damaged", where=str(folder), fix="export the adapter again"
-        ) from error
+        raise BackboneError(f"{WEIGHTS} is damaged", where=str(folder), fix="export the adapter again") from error
     named = {}
     for key, value in stored.items():
         layer, found, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")

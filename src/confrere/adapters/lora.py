@@ -132,6 +132,7 @@ def inject(module: nn.Module, layers: Sequence[str], spec: LoraSpec) -> list[See
     """
     import peft
     import peft.functional
+    import torch
 
     from confrere.adapters.dropout import replace_dropout
 
@@ -139,7 +140,8 @@ def inject(module: nn.Module, layers: Sequence[str], spec: LoraSpec) -> list[See
         config = peft.LoraConfig(
             r=1, lora_alpha=spec.scale, lora_dropout=spec.dropout, target_modules=list(layers), bias="none"
         )
-        with warnings.catch_warnings():
+        # PEFT initialises its placeholders from the global generator.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # Two slots on one module is the point here, not an accident.
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             peft.inject_adapter_in_model(config, module, adapter_name=slot)

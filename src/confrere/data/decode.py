@@ -44,9 +44,10 @@ class BadImageError(Exception):
 
 
 class Decoded(NamedTuple):
-    """A picture of shape (H, W, 3), its format and its original size (after rotation)."""
+    """A picture (H, W, 3), the histogram (3, 256) of all its pixels, its format and size before resizing."""
 
     pixels: NDArray[np.uint8]
+    histogram: NDArray[np.int64]
     format: str
     width: int
     height: int
@@ -69,7 +70,13 @@ def decode(data: bytes, size: tuple[int, int], *, max_pixels: int) -> Decoded:
             upright = ImageOps.exif_transpose(image)
             rgb = _to_rgb(upright)
             fitted = ImageOps.fit(rgb, (size[1], size[0]), method=Image.Resampling.BICUBIC)
-            return Decoded(np.asarray(fitted, dtype=np.uint8), name, upright.width, upright.height)
+            return Decoded(
+                pixels=np.asarray(fitted, dtype=np.uint8),
+                histogram=np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256),
+                format=name,
+                width=upright.width,
+                height=upright.height,
+            )
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types; each becomes a reported bad file

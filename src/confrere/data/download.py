@@ -38,8 +38,8 @@ scores are higher than on new patients. Prefer a copy with lesion numbers where 
 
 _ARCHIVE = "https://zenodo.org/record/6496656/files"
 _ARCHIVE_NOTICE = """MedMNIST (Yang et al., Scientific Data 2023, doi:10.1038/s41597-022-01721-8),
-CC BY 4.0 or as the subset's page says. The pictures are 28 x 28 pixels and name no patient; sites are simulated.
-Not intended for clinical use.
+CC BY 4.0 or as the subset's page says. The pictures are 28 x 28 pixels and name no patient; sites are
+simulated. Not intended for clinical use.
 """
 _BLOOD = (
     "basophil",
@@ -114,9 +114,7 @@ def _fetch_from_hub(file: str, cache: Path, endpoint: str | None) -> Path:
 
     try:
         # token=False: the set is public, and a mirror must not be sent the user's token.
-        path = hf_hub_download(
-            _HUB_SET, file, repo_type="dataset", endpoint=endpoint, cache_dir=cache, token=False
-        )
+        path = hf_hub_download(_HUB_SET, file, repo_type="dataset", endpoint=endpoint, cache_dir=cache, token=False)
     except Exception as error:  # the client passes on the errors of whichever HTTP library it came with
         raise _unreachable(f"the data set {_HUB_SET}", str(endpoint or "the hub")) from error
     return Path(path)

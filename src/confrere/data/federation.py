@@ -130,9 +130,7 @@ def _classes(listing: Listing, registration: Registration) -> tuple[str, ...]:
             )
         return listing.classes
     if len(found) < 2:
-        raise DataError(
-            "there is only one class", where=listing.name, fix="a classifier needs images of at least two"
-        )
+        raise DataError("there is only one class", where=listing.name, fix="a classifier needs images of at least two")
     return tuple(found)
 
 

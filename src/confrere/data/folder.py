@@ -18,9 +18,7 @@ _TREE = """arrange the images like this (the part before __ names the patient an
         naevus/    p031__1.png
       riverside/
         naevus/    p107__1.jpg"""
-_POOLED_TREE = _TREE.replace("      st_mary/\n", "").replace(
-    "      riverside/\n        naevus/    p107__1.jpg", ""
-)
+_POOLED_TREE = _TREE.replace("      st_mary/\n", "").replace("      riverside/\n        naevus/    p107__1.jpg", "")
 
 
 def read_folder(root: Path, *, pooled: bool = False) -> Listing:

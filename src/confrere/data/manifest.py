@@ -55,9 +55,7 @@ def read_manifest(path: Path) -> Listing:
     """
     manifest = _parse(path)
     root = Root(path.parent)
-    if (manifest.pool is None) != (manifest.partition is None) or (manifest.pool is None) != bool(
-        manifest.site
-    ):
+    if (manifest.pool is None) != (manifest.partition is None) or (manifest.pool is None) != bool(manifest.site):
         raise DataError(
             "give either [[site]] entries, or [pool] and [partition]",
             where=path.name,
@@ -121,9 +119,7 @@ def _read_pool(root: Root, name: str, how: Partition, where: str) -> Listing:
     if not path.is_dir():
         return table.read_table(path, pooled=True, column=how.column)
     if how.column is not None:
-        raise DataError(
-            "a folder has no columns to partition by", where=where, fix="give a table, or another by"
-        )
+        raise DataError("a folder has no columns to partition by", where=where, fix="give a table, or another by")
     return folder.read_folder(path, pooled=True)
 
 
@@ -131,11 +127,7 @@ def _resolve(root: Root, name: str, where: str) -> Path:
     try:
         path = root.join(name)
     except ValueError as error:
-        raise DataError(
-            f"path {name!r}: {error}", where=where, fix="keep the data below this file"
-        ) from error
+        raise DataError(f"path {name!r}: {error}", where=where, fix="keep the data below this file") from error
     if not path.is_dir() and path.suffix.lower() != ".csv":
-        raise DataError(
-            f"path {name!r} is neither a folder nor a .csv table", where=where, fix="mend the path"
-        )
+        raise DataError(f"path {name!r} is neither a folder nor a .csv table", where=where, fix="mend the path")
     return path

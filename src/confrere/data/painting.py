@@ -81,9 +81,7 @@ class Laboratory:
     mix: Floats
 
 
-def paint(
-    label: str, laboratory: Laboratory, *, patient: int, number: int, size: int, seed: int
-) -> NDArray[np.uint8]:
+def paint(label: str, laboratory: Laboratory, *, patient: int, number: int, size: int, seed: int) -> NDArray[np.uint8]:
     """Return one field of view, (size, size, 3) uint8."""
     person = numpy_generator(seed, "synthetic", "patient", patient)
     severity = float(np.clip(person.normal(0.57, 0.22), 0.15, 1.0))
@@ -115,9 +113,7 @@ def _cells(
     A share of the cells is normal in every class, more of them in mild cases.
     """
     area = (side / scale / 112) ** 2
-    count = int(
-        generator.poisson(_mixed(shape, severity, "cells") * area * float(np.exp(generator.normal(0, 0.15))))
-    )
+    count = int(generator.poisson(_mixed(shape, severity, "cells") * area * float(np.exp(generator.normal(0, 0.15)))))
     x, y = _places(count, side, shape.clusters * severity, generator).T
     typical = generator.random(count) < 0.25 + 0.65 * severity
 
@@ -183,9 +179,7 @@ def _outlines(
     root = np.sqrt(stretch)[:, None]
     long, short = wavy * np.cos(turn) * root, wavy * np.sin(turn) / root
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-    corners = np.stack(
-        [x[:, None] + long * cos - short * sin, y[:, None] + long * sin + short * cos], axis=-1
-    )
+    corners = np.stack([x[:, None] + long * cos - short * sin, y[:, None] + long * sin + short * cos], axis=-1)
     return [row.ravel().tolist() for row in corners]
 
 

@@ -37,7 +37,6 @@ class Registration:
     sites: tuple[SiteFiles, ...]
     problems: tuple[Problem, ...]
     groups: Mapping[str, int]
-    duplicates: Mapping[str, int]
     shared_pictures: int
     shared_patients: int
 
@@ -91,20 +90,10 @@ def register(
     """
     found = list(problems)
     groups = number_groups(hashes)
-    kept = _drop_conflicts(hashes, found)
-    chosen: dict[str, dict[str, Row]] = {row.site: {} for row in hashes}
-    duplicates: dict[str, int] = defaultdict(int)
-    for row, digest in kept.items():
-        if digest in chosen[row.site]:
-            duplicates[row.site] += 1
-            found.append(Problem(site=row.site, name=row.name, reason=DUPLICATE))
-        else:
-            chosen[row.site][digest] = row
+    chosen = _once_a_site(_drop_conflicts(hashes, found), found)
     sites = []
     for name, files in sorted(chosen.items()):
-        entry = decoded(
-            cache, {digest: row.path for digest, row in files.items()}, size, max_pixels=options.max_pixels
-        )
+        entry = decoded(cache, {digest: row.path for digest, row in files.items()}, size, max_pixels=options.max_pixels)
         found += [Problem(site=name, name=files[d].name, reason=why) for d, why in entry.bad.items()]
         rows = tuple(files[fact.digest] for fact in entry.facts)
         sites.append(SiteFiles(name=name, rows=rows, entry=entry))
@@ -112,10 +101,20 @@ def register(
         sites=tuple(sites),
         problems=tuple(sorted(found, key=lambda p: (p.site, p.name, p.reason))),
         groups=groups,
-        duplicates=dict(duplicates),
         shared_pictures=_shared({site.name: {f.digest for f in site.entry.facts} for site in sites}),
         shared_patients=_shared({site.name: {r.patient for r in site.rows if r.patient} for site in sites}),
     )
+
+
+def _once_a_site(kept: Mapping[Row, str], problems: list[Problem]) -> dict[str, dict[str, Row]]:
+    """Return {site: {hash: row}}; a picture that a site has twice is used once."""
+    chosen: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row, digest in kept.items():
+        if digest in chosen[row.site]:
+            problems.append(Problem(site=row.site, name=row.name, reason=DUPLICATE))
+        else:
+            chosen[row.site][digest] = row
+    return chosen
 
 
 def _drop_conflicts(hashes: Mapping[Row, str], problems: list[Problem]) -> dict[Row, str]:
@@ -123,9 +122,7 @@ def _drop_conflicts(hashes: Mapping[Row, str], problems: list[Problem]) -> dict[
     for row, digest in hashes.items():
         labels[digest].add(row.label)
     problems += [
-        Problem(site=row.site, name=row.name, reason=CONFLICT)
-        for row, d in hashes.items()
-        if len(labels[d]) > 1
+        Problem(site=row.site, name=row.name, reason=CONFLICT) for row, d in hashes.items() if len(labels[d]) > 1
     ]
     return {row: digest for row, digest in hashes.items() if len(labels[digest]) == 1}
 

@@ -17,8 +17,8 @@ from confrere.data.sources import Problem
 from confrere.data.splits import NAMES
 
 _OUTLIER_SD = 3.0
-# Sites often agree to within a grey level; below this (of 255) a difference is not worth a warning.
-_LEAST_SD = 2.0
+# Of a few sites that happen to agree, the sd says little; 3 x 5 of 255 levels is a difference one sees.
+_LEAST_SD = 5.0
 
 
 def site_sheet(
@@ -99,9 +99,7 @@ def class_warnings(sites: Mapping[str, dict[str, Any]], classes: Sequence[str], 
         if not holders:
             warnings.append(f"No site has an image of class {name!r}.")
         elif len(holders) == 1 and len(sites) > 1:
-            warnings.append(
-                f"Only {holders[0]} has images of class {name!r}; the others cannot be tested on it."
-            )
+            warnings.append(f"Only {holders[0]} has images of class {name!r}; the others cannot be tested on it.")
         if holders and sum(totals.values()) < minimum:
             warnings.append(f"Class {name!r} has fewer than {minimum} images over all sites.")
     return warnings
@@ -115,16 +113,12 @@ def site_warnings(sites: Mapping[str, dict[str, Any]]) -> list[str]:
             if sheet["splits"][split]["images"] == 0:
                 warnings.append(f"{name} has no image for {'validation' if split == 'val' else 'test'}.")
         if sum(count["total"] > 0 for count in sheet["classes"].values()) == 1:
-            warnings.append(
-                f"{name} has images of one class only; measures that need two stay undefined there."
-            )
+            warnings.append(f"{name} has images of one class only; measures that need two stay undefined there.")
         if bad := sum(sheet["bad_files"].values()):
             reasons = ", ".join(f"{reason}: {n}" for reason, n in sheet["bad_files"].items())
             warnings.append(f"{name}: {bad} files are left out ({reasons}).")
         if sheet["conflicts"]:
-            warnings.append(
-                f"{name}: {sheet['conflicts']} files are left out because a copy has another label."
-            )
+            warnings.append(f"{name}: {sheet['conflicts']} files are left out because a copy has another label.")
     for name in mark_outliers(sites):
         warnings.append(f"The images of {name} are much brighter or darker than those of the other sites.")
     return warnings

@@ -66,9 +66,7 @@ def read_listing(path: Path, options: DataOptions) -> Listing:
         return manifest.read_manifest(path)
     if path.suffix.lower() == ".csv":
         partition = options.partition
-        return table.read_table(
-            path, pooled=partition is not None, column=partition.column if partition else None
-        )
+        return table.read_table(path, pooled=partition is not None, column=partition.column if partition else None)
     raise DataError(
         f"a {path.suffix or 'file without a suffix'} is not a federation",
         where=path.name,

@@ -72,9 +72,7 @@ def _order(
     return sorted(sizes, key=lambda group: (-sizes[group] if sizes[group] > large else 0, ticket[group]))
 
 
-def _targets(
-    counts: Mapping[str, Counter[Stratum]], shares: NDArray[np.float64]
-) -> dict[Stratum, NDArray[np.float64]]:
+def _targets(counts: Mapping[str, Counter[Stratum]], shares: NDArray[np.float64]) -> dict[Stratum, NDArray[np.float64]]:
     """Return the images wanted in each split, by (site, class) and, as class -1, by site."""
     wanted: dict[Stratum, NDArray[np.float64]] = defaultdict(lambda: np.zeros(3))
     for count in counts.values():
@@ -90,9 +88,7 @@ def _neediest(lacking: Mapping[Stratum, NDArray[np.float64]], stratum: Stratum) 
     return max(range(3), key=lambda split: (own[split], site[split], -split))
 
 
-def _repair(
-    counts: Mapping[str, Counter[Stratum]], ticket: Mapping[str, int], result: dict[str, int]
-) -> None:
+def _repair(counts: Mapping[str, Counter[Stratum]], ticket: Mapping[str, int], result: dict[str, int]) -> None:
     """Give a site that shares all its patients with others at least one training patient."""
     of_site: dict[str, list[str]] = defaultdict(list)
     for group, count in counts.items():
@@ -124,9 +120,7 @@ def read_splits(path: Path, expected: Sequence[tuple[str, str]]) -> list[int]:
     stored: dict[tuple[str, str], int] = {}
     for line, cells in read_rows(path, ["site", "sha256", "split"]):
         if cells["split"] not in NAMES:
-            raise DataError(
-                f"line {line}: the split is not train, val or test", where=path.name, fix="restore it"
-            )
+            raise DataError(f"line {line}: the split is not train, val or test", where=path.name, fix="restore it")
         stored[(cells["site"], cells["sha256"])] = NAMES.index(cells["split"])
     new, gone = len(set(expected) - stored.keys()), len(stored.keys() - set(expected))
     if new or gone:

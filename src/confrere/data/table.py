@@ -18,9 +18,7 @@ _SHOWN = 5
 T = TypeVar("T")
 
 
-def read_table(
-    path: Path, *, pooled: bool = False, column: str | None = None, site: str | None = None
-) -> Listing:
+def read_table(path: Path, *, pooled: bool = False, column: str | None = None, site: str | None = None) -> Listing:
     """List the rows of a CSV file; image paths are relative to it.
 
     Args:
@@ -38,9 +36,7 @@ def read_table(
     root = Root(path.parent)
     rows = tuple(_collect(path, needed, lambda cells: _row(root, cells, pooled, column, site)))
     if not rows:
-        raise DataError(
-            "the table has no rows", where=path.name, fix="write one line an image below the header"
-        )
+        raise DataError("the table has no rows", where=path.name, fix="write one line an image below the header")
     if len({row.split is None for row in rows}) == 2:
         raise DataError("only some rows have a split", where=path.name, fix="fill the column, or remove it")
     return Listing(name=slug(path.stem), rows=rows)
@@ -145,6 +141,4 @@ def _text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"line {line} is not UTF-8", where=path.name, fix="save the table in UTF-8"
-        ) from error
+        raise DataError(f"line {line} is not UTF-8", where=path.name, fix="save the table in UTF-8") from error

@@ -26,7 +26,7 @@ def adapter_overlap(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict
     inputs: dict[str, Tensor] = {}
     with torch.no_grad():
         backbone.features(params, tokens, capture=inputs)
-        outputs = []
+        outputs: list[float | None] = []
         for layer, x in inputs.items():
             (a_g, b_g), (a_k, b_k) = general[layer], personal[layer]
             left, right = x @ a_g.T @ b_g.T, x @ a_k.T @ b_k.T
@@ -51,9 +51,7 @@ def site_similarity(server: Tensors, replies: Sequence[Reply]) -> dict[str, obje
     norms = [float(dot(u, u)) ** 0.5 for u in updates]
     if min(norms) == 0:
         return None
-    matrix = [
-        [float(dot(u, v)) / (norms[i] * norms[j]) for j, v in enumerate(updates)] for i, u in enumerate(updates)
-    ]
+    matrix = [[float(dot(u, v)) / (norms[i] * norms[j]) for j, v in enumerate(updates)] for i, u in enumerate(updates)]
     return {"sites": [r.site for r in senders], "matrix": [[round(x, 4) for x in row] for row in matrix]}
 
 
@@ -74,7 +72,8 @@ def aggregation_error(aggregated: Tensors, replies: Sequence[Reply], slot: str =
         terms = [f[layer] for f in factors]
         cross = sum(
             w * v * float(inner(s, t))
-            for w, s in zip(weights, terms, strict=True) for v, t in zip(weights, terms, strict=True)
+            for w, s in zip(weights, terms, strict=True)
+            for v, t in zip(weights, terms, strict=True)
         )
         mixed = sum(w * float(inner(s, pair)) for w, s in zip(weights, terms, strict=True))
         mean_square += cross

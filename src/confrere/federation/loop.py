@@ -39,7 +39,11 @@ class Plan:
 
 
 def federate(
-    method: Method, server: State, transport: Transport, plan: Plan, run: Run,
+    method: Method,
+    server: State,
+    transport: Transport,
+    plan: Plan,
+    run: Run,
     notify: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> State:
     """Run rounds until the plan ends; continue after the last committed round of ``run``.
@@ -48,49 +52,61 @@ def federate(
         RunError: in some round no site answered; the server's state of the round before stands.
     """
     done = run.last_round()
-    server = run.server(done) if done else server
-    if not done:
+    if done:
+        server = run.server(done)
+    else:
         run.commit(0, server)
     for round_ in range(done + 1, plan.rounds + 1):
         if stopped(run.events()):
             break
-        started = time.perf_counter()
-        trained = [s for s in transport.sites() if plan.train is None or s in plan.train]
-        cohort = sample(trained, plan.fraction, plan.seed, round_)
-        requests = {s: Request(kind="train", round=round_, state=method.broadcast(server, s)) for s in cohort}
-        answers = transport.exchange(requests)
-        failures = [a for a in answers if isinstance(a, Failure)]
-        replies = sorted((a for a in answers if isinstance(a, Reply)), key=lambda r: r.site)
-        if not replies:
-            reasons = "; ".join(f"{f.site}: {f.reason}" for f in failures)
-            raise RunError(f"0 of {len(cohort)} sites answered", where=f"round {round_}", fix=reasons)
-        previous = server
-        if len(replies) >= plan.min_replies:
-            server = method.aggregate(server, replies)
-        events: list[dict[str, Any]] = [
-            {"event": "failure", "round": round_, "site": f.site, "reason": f.reason} for f in failures
-        ]
-        judged = judge(method, server, transport, plan, round_)
-        after = {r.site: r.metrics["overlap"] for r in judged}
-        diagnostics = round_diagnostics(previous["shared"], server["shared"], replies, after)
-        events.append(
-            {
-                "event": "round",
-                "round": round_,
-                "seconds": round(time.perf_counter() - started, 3),
-                "sites": {r.site: site_record(requests[r.site], r) for r in replies},
-                "diagnostics": diagnostics,
-            }
-        )
-        if judged:
-            events.append(evaluation(round_, judged))
-        stop = should_stop(method, [*run.events(), *events], plan, round_)
-        if stop:
-            events.append({"event": "stop", "round": round_, "reason": stop})
+        server, events = one_round(method, server, transport, plan, round_)
+        reason = should_stop(method, [*run.events(), *events], plan, round_)
+        if reason:
+            events.append({"event": "stop", "round": round_, "reason": reason})
         run.commit(round_, server, *events)
         for event in events:
             notify(event)
     return server
+
+
+def one_round(
+    method: Method, server: State, transport: Transport, plan: Plan, round_: int
+) -> tuple[State, list[dict[str, Any]]]:
+    """Return the server's state after a round, and the round's events.
+
+    Raises:
+        RunError: no site answered.
+    """
+    started = time.perf_counter()
+    willing = [s for s in transport.sites() if plan.train is None or s in plan.train]
+    cohort = sample(willing, plan.fraction, plan.seed, round_)
+    requests = {s: Request(kind="train", round=round_, state=method.broadcast(server, s)) for s in cohort}
+    answers = transport.exchange(requests)
+    failures = sorted((a for a in answers if isinstance(a, Failure)), key=lambda f: f.site)
+    replies = sorted((a for a in answers if isinstance(a, Reply)), key=lambda r: r.site)
+    if not replies:
+        reasons = "; ".join(f"{f.site}: {f.reason}" for f in failures)
+        raise RunError(f"0 of {len(cohort)} sites answered: {reasons}", where=f"round {round_}")
+    enough = len(replies) >= plan.min_replies
+    updated = method.aggregate(server, replies) if enough else server
+    judged = judge(method, updated, transport, plan, round_)
+    after = {r.site: r.metrics["overlap"] for r in judged}
+    events: list[dict[str, Any]] = [
+        {"event": "failure", "round": round_, "site": f.site, "reason": f.reason} for f in failures
+    ]
+    if not enough:
+        reason = f"{len(replies)} of {plan.min_replies} needed replies came: nothing was averaged"
+        events.append({"event": "failure", "round": round_, "site": None, "reason": reason})
+    events.append(
+        {
+            "event": "round",
+            "round": round_,
+            "seconds": round(time.perf_counter() - started, 3),
+            "sites": {r.site: site_record(requests[r.site], r) for r in replies},
+            "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after),
+        }
+    )
+    return updated, events + ([evaluation(round_, judged)] if judged else [])
 
 
 def sample(sites: Sequence[str], fraction: float, seed: int, round_: int) -> list[str]:
@@ -122,7 +138,7 @@ def best_round(events: Sequence[Mapping[str, Any]]) -> int:
     """Return the round of the best mean validation score (the earliest of equals), else the last round."""
     judged = [(e["mean"], -e["round"]) for e in events if e["event"] == "evaluation" and e["mean"] is not None]
     if judged:
-        return -max(judged)[1]
+        return int(-max(judged)[1])
     return max((e["round"] for e in events if e["event"] == "round"), default=0)
 
 

@@ -56,8 +56,13 @@ class Site:
             return stored
         started = time.perf_counter()
         learner = Learner(
-            backbone=self.backbone, data=self.data, settings=self.settings, seed=self.seed,
-            site=self.name, round=request.round, rounds=self.rounds,
+            backbone=self.backbone,
+            data=self.data,
+            settings=self.settings,
+            seed=self.seed,
+            site=self.name,
+            round=request.round,
+            rounds=self.rounds,
         )
         payload, state = self.method.update(learner, request.state, self._state(request.round))
         check_payload(self.method, self.name, request.round, payload)
@@ -116,11 +121,14 @@ def check_payload(method: Method, site: str, round_: int, payload: State) -> Non
         where = f"site {site}, round {round_}, group {group}"
         if group not in method.sends or group == "private":
             raise UpdateRefusedError(
-                "a group that may not leave the site was about to be sent", where=where,
+                "a group that may not leave the site was about to be sent",
+                where=where,
                 fix=f"{method.name} may send only {', '.join(method.sends) or 'nothing'}",
             )
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise UpdateRefusedError(
-                    "a tensor holds a value that is not finite", where=f"{where}, {name}", fix="lower train.lr"
+                    "a tensor holds a value that is not finite",
+                    where=f"{where}, {name}",
+                    fix="lower train.lr",
                 )

@@ -10,7 +10,11 @@ from confrere.method import Method, register
 from confrere.tensors import State, Tensors
 
 
-@register("fedit-ft", title="FedIT + local fine-tuning", paper="Zhang et al. 2024, arXiv 2305.05644; fine-tuning: ours")
+@register(
+    "fedit-ft",
+    title="FedIT + local fine-tuning",
+    paper="Zhang et al. 2024, arXiv 2305.05644; fine-tuning: ours",
+)
 @dataclass(frozen=True, kw_only=True)
 class FedITFineTuned(Method):
     """Share one adapter for the first rounds, then let every site continue alone from it.
@@ -33,7 +37,7 @@ class FedITFineTuned(Method):
         return max(1, rounds - max(1, round(self.finetune * rounds)))
 
     def init_site(self, params: Tensors) -> State:
-        """A site owns nothing until fine-tuning starts."""
+        """Return nothing: a site has no adapter of its own until fine-tuning starts."""
         return {"private": {}}
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
@@ -44,5 +48,5 @@ class FedITFineTuned(Method):
         return {}, {"private": fitted}
 
     def may_stop(self, round_: int, rounds: int) -> bool:
-        """Stopping early would skip the fine-tuning."""
+        """Return whether fine-tuning has begun: stopping before would skip it."""
         return round_ > self.shared_rounds(rounds)

@@ -55,7 +55,8 @@ class Run:
                 events.append(json.loads(line))
             except ValueError as error:
                 raise RunError(
-                    "a line of the journal is damaged", where=f"{self.events_file}, line {number}",
+                    "a line of the journal is damaged",
+                    where=f"{self.events_file}, line {number}",
                     fix="delete this line and all after it, then resume",
                 ) from error
         return events

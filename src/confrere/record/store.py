@@ -84,6 +84,4 @@ class DirectoryStore:
             )
         state = {g.removeprefix("state."): t for g, t in groups.items() if g.startswith("state.")}
         sent = {g.removeprefix("reply."): t for g, t in groups.items() if g.startswith("reply.")}
-        return state, Reply(
-            site=self.site, round=round_, state=sent, weight=meta["weight"], metrics=meta["metrics"]
-        )
+        return state, Reply(site=self.site, round=round_, state=sent, weight=meta["weight"], metrics=meta["metrics"])

