@@ -31,6 +31,8 @@ def export_adapters(
 
     A slot that the method does not train is left out. ``merged`` holds all slots as one adapter of summed rank.
     """
+    hub = backbone.entry.kind in ("transformers", "timm")
+    base = backbone.entry.source if hub else backbone.name  # what PEFT users pass to from_pretrained
     for name, entry in results["sites"].items():
         model: Literal["general", "personalised"] = "general" if entry["held_out"] else "personalised"
         if entry["models"][model] is None:
@@ -39,9 +41,9 @@ def export_adapters(
         params = sites[name].params(request)
         for slot in method.slots:
             chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
-            export(folder / name / slot, chosen, scale=backbone.scale, base_name=backbone.name)
+            export(folder / name / slot, chosen, scale=backbone.scale, base_name=base)
         merged = merge_slots(params, method.slots)
-        export(folder / name / "merged", merged, scale=backbone.scale, base_name=backbone.name)
+        export(folder / name / "merged", merged, scale=backbone.scale, base_name=base)
         write_bytes(folder / name / "head.safetensors", save(pick(params, lambda n: n in head.NAMES)))
         write_json(
             folder / name / "head.json",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from confrere.adapters import lora
 from confrere.adapters.folder import import_
 from confrere.backbones import Backbone, load
+from confrere.config import read
 from confrere.data.decode import BadImageError, decode
 from confrere.data.options import DataOptions
 from confrere.errors import DataError, RunError
@@ -38,7 +39,7 @@ class Predictor:
         adapter = import_(folder / "merged", slot="general", scale=self.info["scale"])
         self.params: Tensors = {**adapter, **load_file(folder / "head.safetensors")}
         self.backbone: Backbone = load(
-            self.info["backbone"],
+            str(read(run / "experiment.toml").get("backbone", {}).get("name", self.info["backbone"])),
             lora=lora.LoraSpec(
                 slots=("general",),
                 blocks=self.info["blocks"],

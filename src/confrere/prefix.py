@@ -6,32 +6,39 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from confrere.backbones import Backbone
 from confrere.data.federation import SiteImages
 from confrere.errors import DataError
-from confrere.learner import TokenSet
+from confrere.learner import Array, TokenSet
 from confrere.seeds import derive
 
 BATCH = 64
 
 
-class Rows:
-    """Arrays of equal row shape read as one, without copying them: ``rows[int array]``."""
+class Stacked:
+    """Arrays of equal row shape read as one, without copying them together."""
 
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = list(parts)
-        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
+    def __init__(self, parts: Sequence[Array]) -> None:
+        self._parts = tuple(parts)
+        self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self._starts[-1])
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        owner = np.searchsorted(self.starts, rows, side="right") - 1
-        return np.stack([self.parts[k][row - self.starts[k]] for k, row in zip(owner, rows, strict=True)])
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+        """Return the rows (B,) in that order."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        out: np.ndarray | None = None
+        for index in np.unique(owner):
+            here = owner == index
+            found = self._parts[index][rows[here] - self._starts[index]]
+            if out is None:
+                out = np.empty((len(rows), *found.shape[1:]), found.dtype)
+            out[here] = found
+        return self._parts[0][rows] if out is None else out
 
 
 def tokens(
@@ -60,7 +67,7 @@ def join(sets: Sequence[TokenSet]) -> TokenSet:
     """Return several sites' rows as one set: the pooled control."""
     first = sets[0]
     return TokenSet(
-        tokens=Rows([s.tokens for s in sets]),
+        tokens=Stacked([s.tokens for s in sets]),
         labels=np.concatenate([s.labels for s in sets]),
         groups=np.concatenate([s.groups for s in sets]),
         split=np.concatenate([s.split for s in sets]),

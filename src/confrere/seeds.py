@@ -7,9 +7,12 @@ randomness needs saving: a resumed run draws what an undisturbed one draws.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -35,4 +38,6 @@ def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *path: str | int) -> torch.Generator:
     """Return a fresh CPU torch generator for the choice at ``path``."""
+    import torch
+
     return torch.Generator().manual_seed(derive(seed, *path))

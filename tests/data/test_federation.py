@@ -10,7 +10,7 @@ import pytest
 from data_files import encoded, load, make_folder, picture, write
 from PIL import PngImagePlugin
 
-from confrere.data.federation import load_federation, pool
+from confrere.data.federation import load_federation
 from confrere.data.options import DataOptions
 from confrere.errors import DataError
 
@@ -61,18 +61,6 @@ def test_unknown_site_names_the_sites(root, cache):
     assert federation.site("b") is federation.sites[1]
     with pytest.raises(DataError, match="the sites are a, b"):
         federation.site("c")
-
-
-def test_pool_reads_across_sites(root, cache):
-    federation = load(root, cache)
-    both = pool(federation)
-    rows = np.array([40, 3, 3, 25])
-    a, b = federation.sites
-    expected = np.stack([b.images[16], a.images[3], a.images[3], b.images[1]])
-    assert np.array_equal(both.images[rows], expected)
-    assert both.images.shape == (48, 16, 16, 3)
-    assert both.images[np.array([], dtype=np.int64)].shape == (0, 16, 16, 3)
-    assert len(both.images) == len(both.labels) == len(both.digests)
 
 
 def test_the_cache_is_reused_and_private_and_mended(root, cache):

@@ -53,26 +53,23 @@ def load(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     loaded = _read(str(name), size)
-    for expected in (sha256, loaded.entry.sha256):
-        if expected is not None and loaded.digest != expected.lower():
-            raise BackboneError(
-                f"the weights have SHA-256 {loaded.digest}, expected {expected}",
-                where=loaded.entry.source,
-                fix="fetch the weights again from a source you trust, or correct sha256",
-            )
+    _check_digest(loaded, sha256)
     known = replace(loaded.entry, pool=pool or loaded.entry.pool)
-    anatomy = loaded.anatomy
-    size = size or known.input_size or (224, 224)
+    return _build(replace(loaded, entry=known), lora, depth, size or known.input_size or (224, 224), device)
+
+
+def _build(loaded: Loaded, spec: LoraSpec, depth: int | None, size: tuple[int, int], device: str) -> Backbone:
+    anatomy, known = loaded.anatomy, loaded.entry
     _check_size(size, anatomy.patch, known.name)
     if anatomy.blocks_path and "cls" in known.pool and anatomy.prefix_tokens == 0:
         raise BackboneError("the model has no class token", where=known.name, fix="use pool = 'mean'")
-    kept = _check_depth(depth, len(anatomy.blocks), lora, known.name)
-    sizes = _targets(anatomy, kept, lora) if lora.slots else {}
+    kept = _check_depth(depth, len(anatomy.blocks), spec, known.name)
+    sizes = _targets(anatomy, kept, spec) if spec.slots else {}
     anatomy.drop_blocks_after(kept)
     return Backbone(
         anatomy,
         known,
-        lora,
+        spec,
         digest=loaded.digest,
         depth=kept,
         image_size=size,
@@ -99,6 +96,16 @@ def _read(name: str, size: tuple[int, int] | None) -> Loaded:
     if known.kind == "timm":
         return hub.timm_hub(f"hf-hub:{known.source}", size, known)
     return hub.transformers_hub(name, known.source, size, known)
+
+
+def _check_digest(loaded: Loaded, sha256: str | None) -> None:
+    for expected in (sha256, loaded.entry.sha256):
+        if expected is not None and loaded.digest != expected.lower():
+            raise BackboneError(
+                f"the weights have SHA-256 {loaded.digest}, expected {expected}",
+                where=loaded.entry.source,
+                fix="fetch the weights again from a source you trust, or correct sha256",
+            )
 
 
 def _check_size(size: tuple[int, int], patch: tuple[int, int], name: str) -> None:

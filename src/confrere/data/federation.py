@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from confrere.data import partition, sheet, splits
-from confrere.data.images import Federation, SiteImages, StackedImages, pool
+from confrere.data.images import Federation, SiteImages
 from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name
 from confrere.data.register import DUPLICATE, Registration, hash_rows, register
 from confrere.data.sources import Listing, read_listing
 from confrere.errors import DataError
 
-__all__ = ["Federation", "SiteImages", "StackedImages", "load_federation", "pool"]
+__all__ = ["Federation", "SiteImages", "load_federation"]
 
 
 def load_federation(

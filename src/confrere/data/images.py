@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,28 +12,6 @@ from confrere.data import splits
 from confrere.data.paths import check_site_name
 from confrere.data.sources import SplitName
 from confrere.errors import DataError
-
-
-class StackedImages:
-    """Several image arrays read as one, without copying them together."""
-
-    def __init__(self, parts: Sequence[NDArray[np.uint8] | StackedImages]) -> None:
-        self._parts = tuple(parts)
-        self._starts = np.cumsum([0, *map(len, parts)])
-        self.shape: tuple[int, ...] = (int(self._starts[-1]), *parts[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the images at ``rows`` (B,) as (B, H, W, 3), in that order."""
-        rows = np.arange(len(self))[rows]
-        images = np.empty((*rows.shape, *self.shape[1:]), dtype=np.uint8)
-        part = np.searchsorted(self._starts, rows, side="right") - 1
-        for index in np.unique(part):
-            here = part == index
-            images[here] = self._parts[index][rows[here] - self._starts[index]]
-        return images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +28,7 @@ class SiteImages:
     """
 
     name: str
-    images: NDArray[np.uint8] | StackedImages
+    images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     groups: NDArray[np.int64]
     digests: tuple[str, ...]
@@ -99,15 +76,3 @@ class Federation:
         known = ", ".join(site.name for site in self.sites)
         raise DataError(f"there is no site {name!r}", where=self.name, fix=f"the sites are {known}")
 
-
-def pool(federation: Federation, name: str = "pooled") -> SiteImages:
-    """Return all sites' rows as one site, in the order of the sites; images are not copied."""
-    sites = federation.sites
-    return SiteImages(
-        name=name,
-        images=StackedImages([site.images for site in sites]),
-        labels=np.concatenate([site.labels for site in sites]),
-        groups=np.concatenate([site.groups for site in sites]),
-        digests=tuple(digest for site in sites for digest in site.digests),
-        split=np.concatenate([site.split for site in sites]),
-    )

@@ -66,7 +66,7 @@ def _patients(mix: Floats, count: int, last: int, seed: int, site: int) -> Itera
     while count > 0:
         last += 1
         label = first.pop(0) if first else int(generator.choice(len(mix), p=mix))
-        n_images = min(count, int(generator.integers(1, 6)))
+        n_images = min(count, int(generator.integers(1, 4)))
         count -= n_images
         yield last, names[label], n_images
 

@@ -63,7 +63,7 @@ def summarize(run: Path) -> Json:
         "across": [_across(key, sites, as_dict(results.get("summary"))) for key in models],
         **progress.sections(events or [], results),
         "sheet": arrange(as_dict(federation.get("sheet")), classes),
-        "experiment": read_text(run, "experiment.toml"),
+        "experiment": _without_path(read_text(run, "experiment.toml")),
         "machine": as_dict(results.get("machine")),
     }
     summary["omitted"] = _omitted(summary)
@@ -251,3 +251,11 @@ def _omitted(summary: Json) -> list[Json]:
         (summary["experiment"], "Experiment", "experiment.toml is not in the run directory"),
     ]
     return [{"section": section, "why": why} for data, section, why in checks if not data]
+
+
+def _without_path(experiment: str | None) -> str | None:
+    """Return the experiment without where the data lie: folder names may name people or places."""
+    if experiment is None:
+        return None
+    lines = experiment.splitlines()
+    return "\n".join('path = "..."' if line.startswith("path = ") else line for line in lines)

@@ -1,0 +1,77 @@
+"""The cache of frozen activations: equal to computing them, keyed by all that matters, whole or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CLASSES, tiny_backbone
+from hypothesis import given
+from hypothesis import strategies as st
+
+from confrere.adapters.lora import LoraSpec
+from confrere.backbones import load
+from confrere.data.federation import SiteImages
+from confrere.errors import DataError
+from confrere.prefix import Stacked, tokens
+
+
+def site(n: int = 5, first: int = 0) -> SiteImages:
+    h, w = tiny_backbone().image_size
+    return SiteImages(
+        name="a",
+        images=np.random.default_rng(first).integers(0, 255, (n, h, w, 3), dtype=np.uint8),
+        labels=np.zeros(n, dtype=np.int64),
+        groups=np.arange(n),
+        digests=tuple(f"{first + k:064x}" for k in range(n)),
+        split=np.zeros(n, dtype=np.int8),
+    )
+
+
+def test_cached_tokens_equal_computed_ones_and_are_reused(tmp_path: Path) -> None:
+    backbone, images = tiny_backbone(), site()
+    first = tokens(backbone, images, CLASSES, tmp_path)
+    (file,) = tmp_path.iterdir()
+    stamp = file.stat().st_mtime_ns
+    second = tokens(backbone, images, CLASSES, tmp_path)
+    assert file.stat().st_mtime_ns == stamp
+    expected = backbone.prefix(images.images).numpy()
+    assert np.array_equal(first.tokens[np.arange(5)], expected)
+    assert np.array_equal(second.tokens[np.arange(5)], expected)
+
+
+def test_other_images_another_cut_or_size_have_another_key(tmp_path: Path) -> None:
+    tokens(tiny_backbone(), site(), CLASSES, tmp_path)
+    tokens(tiny_backbone(), site(first=9), CLASSES, tmp_path)
+    tokens(load("test-vit", lora=LoraSpec(slots=("general",), blocks=1)), site(), CLASSES, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_cut_prefix_gives_the_features_of_the_whole_model() -> None:
+    images = site().images
+    backbones = [load("test-vit", lora=LoraSpec(slots=("general",), blocks=b, dropout=0.0)) for b in (1, 2)]
+    found = []
+    for backbone in backbones:
+        params = {n: np.zeros(s, np.float32) for n, s in backbone.adapter_shapes({"general": 2}).items()}
+        import torch
+
+        found.append(backbone.features({n: torch.from_numpy(v) for n, v in params.items()}, backbone.prefix(images)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_cannot_be_written_says_where_and_leaves_nothing(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(DataError, match="CONFRERE_CACHE"):
+        tokens(tiny_backbone(), site(), CLASSES, blocked)
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
+def test_stacked_reads_as_one_array(sizes: list[int], data: st.DataObject) -> None:
+    parts = [np.arange(n * 2).reshape(n, 2) + 100 * k for k, n in enumerate(sizes)]
+    whole = np.concatenate(parts)
+    rows = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=8)), dtype=np.int64)
+    stacked = Stacked(parts)
+    assert len(stacked) == len(whole)
+    assert np.array_equal(stacked[rows], whole[rows])
