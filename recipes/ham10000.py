@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "controls": [],
     "backbone": {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 70},
     "train": {"steps": 10, "batch_size": 16, "lr": 3e-3},
-    "selection": {"every": 2, "images": 150},
+    "selection": {"every": 2},
 }
 
 
@@ -91,11 +91,16 @@ def page(found: dict[str, Any], command: str) -> str:
     for m in found["methods"]:
         overlap = m["overlap_after"] or {}
         cells = [
-            f"{m['title']} (`{m['name']}`)", interval(m["balanced_accuracy"]),
-            interval(m["balanced_accuracy"], "worst"), interval(m["auroc"]), interval(m["f1"]), interval(m["ece"]),
-            interval(m["general"]), *(f"{overlap[k]:.3f}" if k in overlap else "-" for k in ("B", "A")),
+            f"{m['title']} (`{m['name']}`)",
+            interval(m["balanced_accuracy"]),
+            interval(m["balanced_accuracy"], "worst"),
+            interval(m["auroc"]),
+            interval(m["f1"]),
+            interval(m["ece"]),
+            interval(m["general"]),
+            *(f"{overlap[k]:.3f}" if k in overlap else "-" for k in ("B", "A")),
             f"{m['bytes_per_round'] / 1000:.0f}",
-        ]  # fmt: skip
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     sites = sorted(found["methods"][0]["sites"])
     lines += [
@@ -108,8 +113,12 @@ def page(found: dict[str, Any], command: str) -> str:
     lines += [
         f"| `{m['name']}` | " + " | ".join(interval(m["sites"][s]) for s in sites) + " |" for m in found["methods"]
     ]
-    lines += ["", "Paired tests of the first method against each other one (same test lesions, bootstrap over seeds and "
-              "lesions, Holm-adjusted p):", ""]  # fmt: skip
+    lines += [
+        "",
+        "Paired tests of the first method against each other one (same test lesions, bootstrap over seeds and "
+        "lesions, Holm-adjusted p):",
+        "",
+    ]
     for pair in found["pairs"]:
         p = "-" if pair["p_holm"] is None else f"{pair['p_holm']:.3f}"
         lines.append(f"- {pair['sentence']} (adjusted p {p})")
