@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from confrere import methods as _methods  # noqa: F401  fills the registry
 from confrere.adapters import head, lora
@@ -22,6 +23,10 @@ from confrere.record.run import Run
 from confrere.record.store import MemoryStore, Store
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tensors import State, Tensors
+
+# Slow, shared machines: time says nothing about correctness.
+settings.register_profile("confrere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("confrere")
 
 CLASSES = ("alpha", "beta", "gamma")
 SITES = ("a", "b", "c")

@@ -138,7 +138,7 @@ def _over_seeds(per_seed: Sequence[Sequence[float]]) -> dict[str, Any] | None:
 
 
 def _interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Return the mean and its 95 % Student t interval; no interval from a single value."""
+    """Return the mean of scores in 0..1 and its 95 % Student t interval, cut to 0..1; none from a single value."""
     from scipy import stats
 
     if not values:
@@ -147,7 +147,7 @@ def _interval(values: Sequence[float]) -> dict[str, float | None]:
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"mean": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
 
 
 def _overlap(runs: Sequence[Path], results: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:

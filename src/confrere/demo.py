@@ -13,10 +13,11 @@ DEMO: dict[str, Any] = {
     "train": {"steps": 6, "batch_size": 16},
 }
 SEED = 2026
+IMAGES = (100, 280)  # of the smallest and the largest hospital
 
 
 def make_demo_data(folder: Path) -> Path:
     """Write the demonstration's images to ``folder`` unless they are there, and return it."""
     if not folder.exists():
-        make_microscopy(folder, seed=SEED)
+        make_microscopy(folder, seed=SEED, images=IMAGES)
     return folder

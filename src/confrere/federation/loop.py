@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,16 +127,31 @@ def judge(method: Method, server: State, transport: Transport, plan: Plan, round
 
 
 def evaluation(round_: int, replies: Sequence[Reply]) -> dict[str, Any]:
-    """Return the event of a judged round: score per site and their mean."""
+    """Return the event of a judged round: balanced accuracy per site, its mean, and the criterion of choice."""
     scores = {r.site: r.metrics["score"] for r in replies}
-    known = [s for s in scores.values() if s is not None]
-    mean = sum(known) / len(known) if known else None
-    return {"event": "evaluation", "round": round_, "split": "val", "sites": scores, "mean": mean}
+    return {
+        "event": "evaluation",
+        "round": round_,
+        "split": "val",
+        "sites": scores,
+        "mean": _mean(scores.values()),
+        "criterion": _mean(r.metrics["confidence"] for r in replies),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def best_round(events: Sequence[Mapping[str, Any]]) -> int:
-    """Return the round of the best mean validation score (the earliest of equals), else the last round."""
-    judged = [(e["mean"], -e["round"]) for e in events if e["event"] == "evaluation" and e["mean"] is not None]
+    """Return the round of the best validation criterion (the earliest of equals), else the last round.
+
+    The criterion is the mean over sites of the balanced mean probability of the true class.
+    """
+    judged = [
+        (e["criterion"], -e["round"]) for e in events if e["event"] == "evaluation" and e["criterion"] is not None
+    ]
     if judged:
         return int(-max(judged)[1])
     return max((e["round"] for e in events if e["event"] == "round"), default=0)
@@ -148,7 +163,7 @@ def should_stop(method: Method, events: Sequence[Mapping[str, Any]], plan: Plan,
         return ""
     best = best_round(events)
     since = sum(1 for e in events if e["event"] == "evaluation" and e["round"] > best)
-    return f"no better validation score since round {best}" if since >= plan.patience else ""
+    return f"no better validation criterion since round {best}" if since >= plan.patience else ""
 
 
 def stopped(events: Sequence[Mapping[str, Any]]) -> bool:

@@ -16,7 +16,7 @@ from confrere.federation.diagnostics import adapter_overlap
 from confrere.federation.examine import examine
 from confrere.learner import Learner, TokenSet, TrainSettings, predict
 from confrere.method import Method, Reply, Request
-from confrere.metrics.classification import score
+from confrere.metrics.classification import confidence, score
 from confrere.record.store import Store
 from confrere.seeds import numpy_generator
 from confrere.tensors import State, Tensors
@@ -82,9 +82,14 @@ class Site:
                 self.keep(request.model, predictions)
             return Reply(site=self.name, round=request.round, metrics=metrics)
         rows = self.validation_rows()
-        logits = predict(self.backbone, params, self.data, rows)
-        value = score(logits.softmax(1).numpy(), self.data.labels[rows]) if len(rows) else None
-        metrics = {"score": value, "examples": len(rows), "overlap": self._overlap(params)}
+        chances = predict(self.backbone, params, self.data, rows).double().softmax(1).numpy()
+        labels = self.data.labels[rows]
+        metrics = {
+            "score": score(chances, labels) if len(rows) else None,
+            "confidence": confidence(chances, labels) if len(rows) else None,
+            "examples": len(rows),
+            "overlap": self._overlap(params),
+        }
         return Reply(site=self.name, round=request.round, metrics=metrics)
 
     def params(self, request: Request) -> Tensors:

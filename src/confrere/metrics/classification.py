@@ -104,6 +104,20 @@ def score(probabilities: Floats, labels: Ints) -> float:
     return float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
 
 
+def confidence(probabilities: NDArray[Any], labels: Ints) -> float:
+    """Return the mean probability of the true class, averaged over the classes present, in 0..1.
+
+    Balanced accuracy's smooth sibling: it chooses the round. Where a class has one validation image, balanced
+    accuracy jumps by 1/K when that image flips; this moves with its probability.
+
+    Args:
+        probabilities: (N, K), rows sum to 1, N >= 1.
+        labels: (N,) true classes 0..K-1.
+    """
+    true = probabilities[np.arange(len(labels)), labels]
+    return float(np.mean([true[labels == k].mean() for k in np.unique(labels)]))
+
+
 def check(
     probabilities: Floats, labels: Ints, groups: Ints, *, n_classes: int | None = None
 ) -> tuple[Floats, Ints, Ints]:
@@ -134,9 +148,7 @@ def check(
     return np.clip(p, 0.0, 1.0), y, g
 
 
-def _samples(
-    probabilities: Floats, labels: Ints, patient_N: Ints, weights: Floats
-) -> tuple[dict[str, Floats], Floats]:
+def _samples(probabilities: Floats, labels: Ints, patient_N: Ints, weights: Floats) -> tuple[dict[str, Floats], Floats]:
     """Return each metric of every row of ``weights``, and the confusion matrix of each patient (P, K, K)."""
     P, K = weights.shape[1], probabilities.shape[1]
     cells_PC = per_patient(patient_N, labels * K + probabilities.argmax(axis=1), (P, K * K))
@@ -158,9 +170,7 @@ def _samples(
 
 def _auroc(probabilities: Floats, labels: Ints, patient_N: Ints, weights: Floats) -> Floats:
     """Return the macro one-versus-rest AUROC of each row of ``weights`` (R, P)."""
-    by_class = [
-        _auroc_of(probabilities[:, k], labels == k, patient_N, weights) for k in range(probabilities.shape[1])
-    ]
+    by_class = [_auroc_of(probabilities[:, k], labels == k, patient_N, weights) for k in range(probabilities.shape[1])]
     return mean_defined(np.stack(by_class, axis=1))
 
 
@@ -228,7 +238,6 @@ def _notes(out: dict[str, Any], samples: dict[str, Floats], recall_RK: Floats) -
     vanished = float(np.isnan(recall_RK).any(axis=1).mean()) if len(recall_RK) else 0.0
     if vanished >= 0.01:
         notes.append(
-            f"In {vanished:.0%} of the resamples a class has no patient; "
-            "there averages run over the classes left."
+            f"In {vanished:.0%} of the resamples a class has no patient; there averages run over the classes left."
         )
     return notes
