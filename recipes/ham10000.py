@@ -23,10 +23,10 @@ from confrere.errors import DataError
 from confrere.progress import progress
 from confrere.report import write_report
 
-METHODS = ("fedopal", "dual", "fedit-ft", "fedit", "local", "pooled")
+METHODS = ("fedopal", "fedopal:head=local", "dual", "fedit-ft", "fedit", "local", "pooled")
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {
-    "rounds": 8,
+    "rounds": 10,
     "threads": 1,
     "controls": [],
     "backbone": {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 70},

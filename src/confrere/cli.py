@@ -115,7 +115,7 @@ def predict(
 @app.command()
 def compare(
     path: Data,
-    methods: Annotated[str, typer.Option(help="comma-separated; the first is tested against the others")],
+    methods: Annotated[str, typer.Option(help="a,b:key=value,c; the first is tested against the others")],
     out: Annotated[Path, typer.Option(help="directory; finished runs in it are kept")],
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
     jobs: Annotated[int, typer.Option(help="runs at a time, each in its own process", min=1)] = 1,

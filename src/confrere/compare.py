@@ -14,7 +14,7 @@ import numpy as np
 from confrere.config import Experiment
 from confrere.errors import ConfigError, RunError
 from confrere.job import machine, run_experiment
-from confrere.method import METHODS, nearest
+from confrere.method import METHODS
 from confrere.metrics.paired import holm, verdict
 from confrere.record.files import read_json, write_bytes, write_json
 from confrere.record.run import Run
@@ -38,7 +38,7 @@ def compare(
 
     Args:
         experiment: everything that is the same for all runs.
-        methods: the first is tested against each of the others.
+        methods: names, with options after colons (``fedopal:head=local``); the first is tested against the others.
         seeds: of training; the split is the same for all.
         out: directory of the comparison.
         notify: called with each event.
@@ -47,9 +47,6 @@ def compare(
     Raises:
         ConfigError: unknown method, no seed. RunError: a run failed.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise ConfigError(f"unknown method {name!r}", where="--methods", fix=nearest(name, METHODS))
     if not methods or not seeds or len(set(seeds)) != len(seeds) or len(set(methods)) != len(methods):
         raise ConfigError("give methods and seeds, each once", fix="--methods fedopal,local --seeds 0,1,2")
     todo = [(experiment.for_method(name, seed=seed), folder(out, name, seed)) for seed in seeds for name in methods]
@@ -65,9 +62,15 @@ def compare(
     return result
 
 
-def folder(out: Path, method: str, seed: int) -> Path:
+def folder(out: Path, label: str, seed: int) -> Path:
     """Return the directory of one run of a comparison."""
-    return out / "runs" / method / f"seed-{seed}"
+    return out / "runs" / label.replace(":", "+") / f"seed-{seed}"
+
+
+def title(label: str) -> str:
+    """Return a method's title with the options of its label, e.g. ``FedOPAL (...), head=local``."""
+    name, *options = label.split(":")
+    return ", ".join([METHODS[name].title, *options])
 
 
 def summarise(out: Path, methods: Sequence[str], seeds: Sequence[int], experiment: Experiment) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def summarise(out: Path, methods: Sequence[str], seeds: Sequence[int], experimen
 def _row(name: str, runs: Sequence[Path], seeds: Sequence[int]) -> dict[str, Any]:
     results = [read_json(run / "results.json") for run in runs]
     sites = [s for s, entry in results[0]["sites"].items() if not entry["held_out"]]
-    row: dict[str, Any] = {"name": name, "title": METHODS[name].title, "seeds": list(seeds)}
+    row: dict[str, Any] = {"name": name, "title": title(name), "seeds": list(seeds)}
     for metric in ("balanced_accuracy", "auroc", "f1", "ece"):
         row[metric] = _over_seeds([_values(r, sites, "personalised", metric) for r in results])
     held_out = [s for s, entry in results[0]["sites"].items() if entry["held_out"]]
@@ -115,7 +118,7 @@ def _pairs(ours: str, theirs: str, out: Path, seeds: Sequence[int], sites: Seque
     for site in sites:
         gain = site_gain([folder(out, ours, s) for s in seeds], [folder(out, theirs, s) for s in seeds], site)
         if gain is not None:
-            sentence = verdict(site, gain, theirs, subject=METHODS[ours].title)
+            sentence = verdict(site, gain, title(theirs), subject=title(ours))
             pairs.append({"a": ours, "b": theirs, "site": site, **gain, "sentence": sentence})
     return pairs
 

@@ -123,10 +123,17 @@ class Experiment(Part):
         options = {key: value for key, value in self.method.items() if key != "name"}
         return make(str(self.method.get("name", "fedopal")), options)
 
-    def for_method(self, name: str, **changes: Any) -> Experiment:
-        """Return the same experiment for another method: its options kept only if they are its own."""
-        same = name == self.method.get("name")
-        method = dict(self.method) if same else {"name": name}
+    def for_method(self, label: str, **changes: Any) -> Experiment:
+        """Return the same experiment for another method, with no controls.
+
+        Args:
+            label: a method's name, with options after colons: ``fedopal:head=local:lam=1.0``. The options of this
+                experiment's own method are kept for that method.
+            changes: other keys to change.
+        """
+        name, *options = label.split(":")
+        own = dict(self.method) if name == self.method.get("name") else {}
+        method = override({**own, "name": name}, options)
         return validate({**self.model_dump(), "method": method, "controls": (), **changes})
 
     def toml(self) -> str:

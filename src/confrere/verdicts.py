@@ -52,7 +52,7 @@ def verdicts(run: Path, controls: Mapping[str, Path], sites: Sequence[str], *, s
 
 NOTE = (
     "Gains are differences in balanced accuracy on the same test patients, with 95 % bootstrap intervals over "
-    "patients. One training run (one seed): `confrere compare` adds the variation between seeds."
+    "patients. One training run (one seed): confrere compare adds the variation between seeds."
 )
 
 

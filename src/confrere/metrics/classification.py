@@ -104,7 +104,7 @@ def score(probabilities: Floats, labels: Ints) -> float:
     return float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
 
 
-def confidence(probabilities: NDArray[Any], labels: Ints) -> float:
+def confidence(probabilities: Floats, labels: Ints) -> float:
     """Return the mean probability of the true class, averaged over the classes present, in 0..1.
 
     Balanced accuracy's smooth sibling: it chooses the round. Where a class has one validation image, balanced
