@@ -37,13 +37,15 @@ def demo(
     """Watch four generated hospitals fine-tune a real pretrained model together; needs no data."""
     from confrere.demo import DEMO, make_demo_data
 
+    if (out / "run" / "experiment.toml").exists():
+        return resume(out / "run")
     data = make_demo_data(out / "hospitals")
     _say(
         "[bold]Four hospitals, generated microscopy.[/] The images are synthetic (stain, illumination, resolution and "
         "class mix differ by site; patients have several images): they show the mechanics, not medicine. "
         "The backbone's weights are real and pretrained."
     )
-    _run(data, out / "run", {**DEMO, "backbone": {**DEMO["backbone"], "name": backbone}}, overrides or [])
+    return _run(data, out / "run", {**DEMO, "backbone": {**DEMO["backbone"], "name": backbone}}, overrides or [])
 
 
 @app.command()

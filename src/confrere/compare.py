@@ -13,10 +13,11 @@ import numpy as np
 
 from confrere.config import Experiment
 from confrere.errors import ConfigError, RunError
-from confrere.job import machine, run_experiment
+from confrere.job import run_experiment
 from confrere.method import METHODS
 from confrere.metrics.paired import holm, verdict
 from confrere.record.files import read_json, write_bytes, write_json
+from confrere.record.machine import machine
 from confrere.record.run import Run
 from confrere.verdicts import site_gain
 
@@ -49,12 +50,14 @@ def compare(
     """
     if not methods or not seeds or len(set(seeds)) != len(seeds) or len(set(methods)) != len(methods):
         raise ConfigError("give methods and seeds, each once", fix="--methods fedopal,local --seeds 0,1,2")
-    todo = [(experiment.for_method(name, seed=seed), folder(out, name, seed)) for seed in seeds for name in methods]
-    todo = [(one, path) for one, path in todo if not (path / "results.json").exists()]
+    every = [(experiment.for_method(name, seed=seed), folder(out, name, seed)) for seed in seeds for name in methods]
+    todo = [(one, path) for one, path in every if not (path / "results.json").exists()]
+    notify({"event": "runs", "total": len(every), "done": len(every) - len(todo)})
     if jobs == 1:
         for one, path in todo:
-            notify({"event": "run", "method": one.method["name"], "seed": one.seed})
+            notify({"event": "run", "path": path})
             run_experiment(one, path, notify=notify)
+            notify({"event": "run-done", "path": path})
     else:
         _in_processes(todo, jobs, notify)
     result = summarise(out, methods, seeds, experiment)
@@ -176,7 +179,7 @@ def _in_processes(todo: Sequence[tuple[Experiment, Path]], jobs: int, notify: No
                 experiment, path = waiting.pop(0)
                 plan = path.parent / f"{path.name}.toml"
                 write_bytes(plan, experiment.toml().encode())
-                notify({"event": "run", "method": experiment.method["name"], "seed": experiment.seed})
+                notify({"event": "run", "path": path})
                 command = [sys.executable, "-m", "confrere", "run", str(plan), "--out", str(path), "--quiet"]
                 running[path] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             for path, process in list(running.items()):
@@ -185,7 +188,7 @@ def _in_processes(todo: Sequence[tuple[Experiment, Path]], jobs: int, notify: No
                 del running[path]
                 if process.returncode:
                     raise RunError(str(process.communicate()[1]).strip() or "a run failed", where=str(path))
-                notify({"event": "run-done", "path": str(path)})
+                notify({"event": "run-done", "path": path})
             time.sleep(0.2)
     finally:
         for process in running.values():

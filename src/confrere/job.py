@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,12 @@ from confrere.federation.loop import Plan, best_round, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import Failure, InProcess
 from confrere.learner import TokenSet, TrainSettings
+from confrere.listing import describe_method
 from confrere.method import Method, Request
 from confrere.metrics.across_sites import summary
 from confrere.prefix import join, tokens
 from confrere.record.files import read_json, write_bytes, write_json, write_state
+from confrere.record.machine import machine
 from confrere.record.run import Run
 from confrere.seeds import torch_generator
 from confrere.tensors import Tensors
@@ -233,21 +233,6 @@ def examine_sites(task: Task, run: Run, transport: InProcess, round_: int) -> di
     }
 
 
-def describe_method(method: Method) -> dict[str, Any]:
-    """Return what leaves a site and what stays, for lists and reports."""
-    sent = [s for s in method.slots if method.sends and method.shared(f"x.lora_B.{s}.weight")]
-    kept = [s for s in method.slots if s not in sent]
-    head_sent = bool(method.sends) and method.shared(head.WEIGHT)
-    return {
-        "name": method.name,
-        "title": method.title,
-        "paper": method.paper,
-        "needs": method.needs,
-        "sends": [f"{s} adapter" for s in sent] + (["head"] if head_sent else []),
-        "keeps": [f"{s} adapter" for s in kept] + ([] if head_sent else ["head"]),
-    }
-
-
 def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
     """Compare the run with its controls at every site and write verdicts.json."""
     controls = {name: out / "controls" / name for name in experiment.controls if name != experiment.method["name"]}
@@ -255,19 +240,6 @@ def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
     found = verdicts(out, controls, sites, seed=experiment.seed)
     write_json(out / "verdicts.json", found)
     return found
-
-
-def machine() -> dict[str, Any]:
-    """Return what bit-identity is promised for: versions, threads and processor capability."""
-    packages = ("confrere", "torch", "numpy", "peft", "transformers", "safetensors", "scikit-learn", "pillow")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-    }
 
 
 def check_same(out: Path, *, accept_drift: bool = False) -> Experiment:

@@ -35,6 +35,7 @@ class _Show:
     def __init__(self, console: Console, bars: Progress) -> None:
         self.console, self.bars = console, bars
         self.method, self.rounds, self.started = "", 0, time.perf_counter()
+        self.total = self.done = self.begun = 0
         self.tasks: dict[str, Any] = {}
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -48,8 +49,21 @@ class _Show:
             self.bars.update(task, visible=False)
         self.tasks = {"rounds": self.bars.add_task(f"{self.method}: rounds", total=self.rounds, note="")}
 
+    def _runs(self, event: dict[str, Any]) -> None:
+        self.total, self.done, self.started = event["total"], event["done"], time.perf_counter()
+        self.begun = event["done"]
+
     def _run(self, event: dict[str, Any]) -> None:
-        self.console.print(f"[bold]{event['method']}[/], seed {event['seed']}")
+        self.console.print(f"started   {event['path'].parent.name}, {event['path'].name}")
+
+    def _run_done(self, event: dict[str, Any]) -> None:
+        self.done += 1
+        passed = time.perf_counter() - self.started
+        left = passed / (self.done - self.begun) * (self.total - self.done)
+        self.console.print(
+            f"[bold]finished[/]  {event['path'].parent.name}, {event['path'].name}: {self.done} of {self.total}, "
+            f"about {left / 60:.0f} min left"
+        )
 
     def _data(self, event: dict[str, Any]) -> None:
         from confrere.data.check import render_sheet
@@ -68,7 +82,6 @@ class _Show:
         self.console.print(f"[yellow]round {event['round']}: {event['site']} gave no update:[/] {event['reason']}")
 
     def _round(self, event: dict[str, Any]) -> None:
-        self.last = event
         self.bars.update(self.tasks["rounds"], completed=event["round"])
 
     def _evaluation(self, event: dict[str, Any]) -> None:
@@ -78,7 +91,8 @@ class _Show:
         seconds = time.perf_counter() - self.started
         self.console.print(
             f"{self.method:<10} round {event['round']:>3}/{self.rounds}  {seconds:5.0f} s  "
-            f"validation {mean}  [dim]{scores}[/]"
+            f"validation {mean}  [dim]{scores}[/]",
+            soft_wrap=True,
         )
 
     def _stop(self, event: dict[str, Any]) -> None:

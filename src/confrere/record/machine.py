@@ -1,0 +1,23 @@
+"""What bit-identity is promised for: versions, threads and processor capability."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """Return what bit-identity is promised for: versions, threads and processor capability."""
+    packages = ("confrere", "torch", "numpy", "peft", "transformers", "safetensors", "scikit-learn", "pillow")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+    }
