@@ -146,7 +146,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs")
     """List the methods: what they send, keep and need."""
     from confrere.listing import method_rows
 
-    _table(method_rows(), as_json)
+    _table(method_rows(), ("name", "sends", "keeps", "needs", "paper"), as_json)
 
 
 @app.command()
@@ -154,7 +154,7 @@ def backbones(as_json: Annotated[bool, typer.Option("--json", help="for programs
     """List the backbones known by name."""
     from confrere.listing import backbone_rows
 
-    _table(backbone_rows(), as_json)
+    _table(backbone_rows(), ("name", "source", "licence", "input", "blocks"), as_json)
 
 
 @data_app.command("check")
@@ -252,17 +252,18 @@ def _report(out: Path, *, quiet: bool) -> None:
         _say(f"Report: [bold]{path}[/]")
 
 
-def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for key in rows[0]:
-        table.add_column(key.replace("_", " "), overflow="fold")
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("name", "needs"), overflow="fold")
     for row in rows:
-        table.add_row(*(", ".join(v) if isinstance(v, list) else str(v if v is not None else "") for v in row.values()))
+        cells = (row[column] for column in columns)
+        table.add_row(*(", ".join(c) if isinstance(c, list) else str(c if c is not None else "") for c in cells))
     _console().print(table)
 
 

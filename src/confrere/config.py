@@ -26,10 +26,10 @@ class Part(BaseModel):
 
 
 class BackboneChoice(Part):
-    """Which frozen model. ``depth`` keeps the first blocks; ``sha256`` pins the weights."""
+    """Which frozen model. ``depth`` keeps the first blocks (default: the registry's); ``sha256`` pins the weights."""
 
     name: str = "dinov2-small-imgfocus"
-    depth: int | None = Field(default=8, ge=1)
+    depth: int | None = Field(default=None, ge=1)
     image_size: int | None = Field(default=None, ge=8, le=2048)
     sha256: str | None = None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from confrere.adapters import head, lora
-from confrere.backbones import Backbone, load
+from confrere.backbones import REGISTRY, Backbone, load
 from confrere.config import Experiment, read, validate
 from confrere.data.federation import Federation, load_federation
 from confrere.errors import ConfigError, RunError
@@ -110,7 +110,7 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
             scale=adapter.scale,
             dropout=adapter.dropout,
         ),
-        depth=spec.depth,
+        depth=spec.depth or (REGISTRY[spec.name].keep if spec.name in REGISTRY else None),
         image_size=federation.image_size,
         sha256=spec.sha256,
     )
@@ -286,8 +286,6 @@ def _write_once(out: Path, experiment: Experiment, federation: Federation) -> No
 
 
 def _image_size(name: str, side: int | None) -> tuple[int, int]:
-    from confrere.backbones import REGISTRY
-
     if side is not None:
         return side, side
     known = REGISTRY.get(name)

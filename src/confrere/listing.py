@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from confrere import methods as _methods  # noqa: F401  fills the registry
 from confrere.adapters import head
 from confrere.backbones import REGISTRY
 from confrere.method import METHODS, Method
@@ -32,15 +33,14 @@ def backbone_rows() -> list[dict[str, Any]]:
 
 
 def describe_method(method: Method) -> dict[str, Any]:
-    """Return what leaves a site and what stays, for lists and reports."""
-    sent = [s for s in method.slots if method.sends and method.shared(f"x.lora_B.{s}.weight")]
-    kept = [s for s in method.slots if s not in sent]
-    head_sent = bool(method.sends) and method.shared(head.WEIGHT)
+    """Return what leaves a site and what stays, in words, for lists and reports."""
+    parts = {f"{slot} adapter": f"x.lora_B.{slot}.weight" for slot in method.slots} | {"head": head.WEIGHT}
+    sent = [part for part, name in parts.items() if method.sends and method.shared(name)]
     return {
         "name": method.name,
         "title": method.title,
         "paper": method.paper,
         "needs": method.needs,
-        "sends": [f"{s} adapter" for s in sent] + (["head"] if head_sent else []),
-        "keeps": [f"{s} adapter" for s in kept] + ([] if head_sent else ["head"]),
+        "sends": ["all images and labels"] if method.pools else sent,
+        "keeps": [part for part in parts if part not in sent] + list(method.also_keeps),
     }

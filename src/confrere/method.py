@@ -56,6 +56,8 @@ class Method:
     sends: ClassVar[tuple[str, ...]] = ("shared",)
     slots: ClassVar[tuple[str, ...]] = ("general",)
     """Adapters of a site. The rank budget of an experiment is divided equally among them."""
+    also_keeps: ClassVar[tuple[str, ...]] = ()
+    """What stays at a site besides the slots that are not shared, in words for reports."""
     pools: ClassVar[bool] = False
     """True for the control that trains on all sites' images in one place."""
 

