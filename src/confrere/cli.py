@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from confrere.errors import ConfigError, ConfrereError, RunError
+from confrere.errors import ConfigError, ConfrereError, DataError, RunError
 
 app = typer.Typer(
     name="confrere",
@@ -63,12 +64,13 @@ def run(
 ) -> None:
     """Train a method and its controls on hospitals' images and write the report."""
     from confrere.config import read
+    from confrere.data.paths import slug
 
     values: dict[str, Any] = read(config) if config else {}
     if path.suffix == ".toml" and path.is_file() and "path" in (found := read(path)):
         values = {**found, **values}
         path = Path(found["path"])
-    options = {"rounds": rounds, "seed": seed, "hold_out": hold_out}
+    options = {"rounds": rounds, "seed": seed, "hold_out": slug(hold_out) if hold_out else None}
     values |= {key: value for key, value in options.items() if value is not None}
     if method is not None:
         values["method"] = {"name": method}
@@ -106,9 +108,10 @@ def predict(
     overlay: Annotated[int, typer.Option(help="also draw where the model looks, for the first N images", min=0)] = 0,
 ) -> None:
     """Write calibrated class probabilities of new images."""
+    from confrere.data.paths import slug
     from confrere.predict import predict_folder
 
-    count, problems = predict_folder(run, site, images, out, overlays=overlay)
+    count, problems = predict_folder(run, slug(site), images, out, overlays=overlay)
     for problem in problems:
         _say(f"[yellow]left out[/] {problem}")
     _say(f"{count} images, {len(problems)} left out: [bold]{out}[/]")
@@ -173,6 +176,8 @@ def data_check(
         typer.echo(json.dumps(found, indent=1))
     else:
         _console().print(render_check(found))
+    if not found["ok"]:
+        raise typer.Exit(DataError.exit_code)
 
 
 @data_app.command("get")
@@ -194,12 +199,21 @@ def main() -> None:
     except ConfrereError as error:
         typer.echo(f"confrere: {error}", err=True)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        typer.echo("confrere: interrupted; `confrere resume RUN` continues", err=True)
-        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except Exception as error:
+        if os.environ.get("CONFRERE_DEBUG"):
+            raise
+        # The text of a foreign error may hold file names or data: show only where it came from.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        typer.echo(f"confrere: internal error {type(error).__name__} [{place}]", err=True)
+        typer.echo("  Fix: run again with CONFRERE_DEBUG=1 and report what it prints; `confrere resume` continues", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("confrere: interrupted; `confrere resume RUN` continues", err=True)
+        raise SystemExit(130) from None
 
 
 def _run(path: Path, out: Path, values: dict[str, Any], overrides: list[str], *, quiet: bool = False) -> None:

@@ -89,5 +89,5 @@ def digest(state: State) -> str:
     sha = hashlib.sha256()
     for key, value in sorted(flatten(state).items()):
         sha.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(value.detach().cpu().numpy().tobytes())
     return sha.hexdigest()

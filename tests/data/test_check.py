@@ -29,7 +29,7 @@ def test_good_data(tmp_path):
     assert report["synthetic"]
     text = shown(report)
     assert "synthetic, not from patients" in text
-    assert "12 (8 / 2 / 2)" in text
+    assert "8/2/2" in text
     assert "can be used" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["h"]
 

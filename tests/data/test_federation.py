@@ -206,7 +206,8 @@ def test_trees_that_do_not_fit_show_the_expected_one(tmp_path, cache, wrong):
         write(root / "1.png")
     elif wrong == "site_name":
         write(root / "St. Mary/x/1.png")
-        message = "(?s)cannot name a site.*'st_mary'"
+        write(root / "st mary/x/2.png")
+        message = "would both be site 'st_mary'"
     elif wrong == "empty":
         message = "(?s)no image found.*p012__1.png"
     elif wrong == "missing":

@@ -63,7 +63,7 @@ def test_quotes_and_umlauts(read):
         ("path,label,site\nx.png,nv,a,b\n", "line 2 has 4 cells"),
         ('path,label,site\n"x.png,nv,a\n', "not valid CSV"),
         ("path,label,site\n../x.png,nv,a\n", "line 2: path leaves"),
-        ("path,label,site\nx.png,nv,Site A\n", "line 2: 'Site A' cannot name a site"),
+        ("path,label,site\nx.png,nv,Site A\ny.png,nv,site-a\nz.png,nv,site_a\n", "line 4: .* would both be site"),
         ("path,label,site\nx.png,=1+1,a\n", "line 2: a class name"),
         ("path,label,site,split\nx.png,nv,a,holdout\n", "line 2: split is not"),
         ("path,label,site,split\nx.png,nv,a,train\ny.png,nv,a,\n", "only some rows"),

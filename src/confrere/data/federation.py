@@ -208,6 +208,12 @@ def _sheet(
         for site, files in zip(sites, registration.sites, strict=True)
     }
     warnings = sheet.class_warnings(by_site, classes, options.min_per_class) + sheet.site_warnings(by_site)
+    unnamed = [files.name for files in registration.sites if not any(row.patient for row in files.rows)]
+    if unnamed:
+        warnings.append(
+            f"No patient is named at {', '.join(unnamed)}: every image counts as a patient of its own, so images of "
+            "one patient may be in train and in test."
+        )
     if registration.shared_pictures:
         warnings.append(f"{registration.shared_pictures} pictures occur at more than one site.")
     if registration.shared_patients:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from confrere.data import table
-from confrere.data.paths import Root, check_class_name, check_site_name, is_ignored
+from confrere.data.paths import Root, check_class_name, is_ignored, site_id
 from confrere.data.sources import Listing, Problem, Row
 from confrere.errors import DataError
 
@@ -31,11 +31,11 @@ def read_folder(root: Path, *, pooled: bool = False) -> Listing:
     guard = Root(root)
     rows: list[Row] = []
     problems: list[Problem] = []
+    seen: dict[str, str] = {}
     sites = [("", root)] if pooled else [(entry.name, entry) for entry in _folders(root, guard, _TREE)]
     for site, folder in sites:
-        if not pooled:
-            check_site_name(site, where=root.name)
-        _read_site(guard, site, folder, patients, rows, problems)
+        made = "" if pooled else site_id(site, seen, where=root.name)
+        _read_site(guard, made, folder, patients, rows, problems)
     if not sites or not rows:
         raise DataError("no image found", where=root.name, fix=_POOLED_TREE if pooled else _TREE)
     synthetic = (root / "SYNTHETIC.txt").is_file()

@@ -106,6 +106,21 @@ def check_site_name(name: str, where: str = "") -> str:
     return name
 
 
+def site_id(name: str, seen: dict[str, str], where: str = "") -> str:
+    """Return the site name made of a folder's or cell's ``name``, e.g. ``st_mary`` of ``St. Mary``.
+
+    ``seen`` maps the site names made so far to what they were made of.
+
+    Raises:
+        DataError: nothing is left of the name, or two names would become one site.
+    """
+    made = check_site_name(slug(name), where)
+    first = seen.setdefault(made, name)
+    if first != name:
+        raise DataError(f"{first!r} and {name!r} would both be site {made!r}", where=where, fix="rename one of them")
+    return made
+
+
 def check_class_name(name: str, where: str = "") -> str:
     """Return ``name`` if it can stand in tables and file names.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from confrere.data.paths import Root, check_class_name, check_site_name, slug
+from confrere.data.paths import Root, check_class_name, site_id, slug
 from confrere.data.sources import Listing, Row, SplitName
 from confrere.errors import DataError
 
@@ -34,7 +34,8 @@ def read_table(path: Path, *, pooled: bool = False, column: str | None = None, s
     needed += ["site"] if not pooled and site is None else []
     needed += [column.strip().lower()] if column else []
     root = Root(path.parent)
-    rows = tuple(_collect(path, needed, lambda cells: _row(root, cells, pooled, column, site)))
+    seen: dict[str, str] = {}
+    rows = tuple(_collect(path, needed, lambda cells: _row(root, cells, pooled, column, site, seen)))
     if not rows:
         raise DataError("the table has no rows", where=path.name, fix="write one line an image below the header")
     if len({row.split is None for row in rows}) == 2:
@@ -53,7 +54,9 @@ def read_patients(path: Path) -> dict[str, str]:
     return dict(_collect(path, ["file", "patient"], pair))
 
 
-def _row(root: Root, cells: dict[str, str], pooled: bool, column: str | None, site: str | None) -> Row:
+def _row(
+    root: Root, cells: dict[str, str], pooled: bool, column: str | None, site: str | None, seen: dict[str, str]
+) -> Row:
     split = cells.get("split", "").lower()
     if split and split not in _SPLITS:
         raise ValueError("split is not train, val or test")
@@ -61,7 +64,7 @@ def _row(root: Root, cells: dict[str, str], pooled: bool, column: str | None, si
     return Row(
         path=root.join(cells["path"]),
         name=cells["path"],
-        site="" if pooled else site if site is not None else check_site_name(cells["site"]),
+        site="" if pooled else site if site is not None else site_id(cells["site"], seen),
         label=label,
         patient=cells.get("patient") or cells.get("lesion") or None,
         split=_SPLITS[split] if split else None,
