@@ -209,7 +209,9 @@ def main() -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         typer.echo(f"confrere: internal error {type(error).__name__} [{place}]", err=True)
-        typer.echo("  Fix: run again with CONFRERE_DEBUG=1 and report what it prints; `confrere resume` continues", err=True)
+        typer.echo(
+            "  Fix: run again with CONFRERE_DEBUG=1 and report what it prints; `confrere resume` continues", err=True
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         typer.echo("confrere: interrupted; `confrere resume RUN` continues", err=True)

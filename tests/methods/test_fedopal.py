@@ -38,6 +38,7 @@ def test_identical_initialisation_degenerates_and_ours_does_not() -> None:
     """Trap 1: equal draws receive equal gradients for ever; different draws do not."""
     twins = train_once("dual", initial_twist=True)
     ours = train_once("dual", initial_twist=False)
+
     # Dropout draws a mask for each adapter, so it would break the tie by noise alone: look at the mean direction.
     def gap(params: dict[str, torch.Tensor]) -> float:
         general, personal = pairs(params, "general"), pairs(params, "personal")
@@ -57,7 +58,9 @@ def test_initial_draws_of_general_and_personal_differ_and_personal_by_site() -> 
         assert not torch.equal(pairs(a, "personal")[layer][0], pairs(b, "personal")[layer][0])
 
 
-@pytest.mark.parametrize(("regulariser", "side"), [("W-A2", "A"), ("W-B", "B"), ("R-cos", "outputs"), ("W-D", "product")])
+@pytest.mark.parametrize(
+    ("regulariser", "side"), [("W-A2", "A"), ("W-B", "B"), ("R-cos", "outputs"), ("W-D", "product")]
+)
 def test_the_penalised_side_is_separated(regulariser: str, side: str, tmp_path: Path) -> None:
     """Reproduces the geometry of the specification: several times less overlap, on the side that is penalised."""
     found = {}
@@ -132,9 +135,7 @@ def test_svd_aggregation_is_the_best_rank_r_fit_of_the_mean_product() -> None:
     server, replies = replies_with("fedopal", (3, 4, 5))
     merged = make("fedopal", {"aggregation": "svd"}).aggregate(server, replies)["shared"]
     for layer, pair in pairs(merged, "general").items():
-        mean = sum(
-            (r.weight / 6) * product(pairs(r.state["shared"], "general")[layer]).double() for r in replies
-        )
+        mean = sum((r.weight / 6) * product(pairs(r.state["shared"], "general")[layer]).double() for r in replies)
         u, s, vt = torch.linalg.svd(torch.as_tensor(mean))
         rank = pair[0].shape[0]
         best = u[:, :rank] @ torch.diag(s[:rank]) @ vt[:rank]
@@ -144,9 +145,14 @@ def test_svd_aggregation_is_the_best_rank_r_fit_of_the_mean_product() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"regulariser": "W-C"}, "W-A1, W-A2"), ({"routing": "none"}, "personal_only"), ({"head": "mine"}, "shared, local"),
-        ({"aggregation": "mean"}, "factor, ffa, svd"), ({"lam": -1.0}, "must not be negative"), ({"lam": "x"}, "float"),
-        ({"lamda": 1.0}, "did you mean 'lam'"), ({"lam": float("nan")}, "must not be negative"),
+        ({"regulariser": "W-C"}, "W-A1, W-A2"),
+        ({"routing": "none"}, "personal_only"),
+        ({"head": "mine"}, "shared, local"),
+        ({"aggregation": "mean"}, "factor, ffa, svd"),
+        ({"lam": -1.0}, "must not be negative"),
+        ({"lam": "x"}, "float"),
+        ({"lamda": 1.0}, "did you mean 'lam'"),
+        ({"lam": float("nan")}, "must not be negative"),
     ],
 )
 def test_wrong_options_name_the_key_and_the_way_out(options: dict[str, object], message: str) -> None:

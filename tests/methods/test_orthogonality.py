@@ -84,8 +84,12 @@ def test_r_feat_asks_for_each_adapter_alone() -> None:
 
     def features(alone: dict[str, Tensor]) -> Tensor:
         seen.append({n: float(t.abs().max()) > 0 for n, t in alone.items()})
-        return sum(b @ a for a, b in [(alone[tensor_name("l0", "A", s)], alone[tensor_name("l0", "B", s)])
-                                      for s in ("general", "personal")])  # type: ignore[return-value]
+        return sum(
+            b @ a
+            for a, b in [
+                (alone[tensor_name("l0", "A", s)], alone[tensor_name("l0", "B", s)]) for s in ("general", "personal")
+            ]
+        )  # type: ignore[return-value]
 
     value = float(penalty("R-feat", params, features=features))  # type: ignore[arg-type]
     assert [s[tensor_name("l0", "B", "personal")] for s in seen] == [False, True]
@@ -99,8 +103,11 @@ def test_raw_overlap_of_fresh_a_factors_is_r_squared_over_nine_d() -> None:
     """Trap 2: at d = 768, r = 8 the raw term starts at 0.0093, so it is nearly free."""
     r, d, values = 8, 768, []
     for seed in range(40):
-        shapes = {tensor_name("l", side, slot): ((r, d) if side == "A" else (d, r))
-                  for side in "AB" for slot in ("general", "personal")}
+        shapes = {
+            tensor_name("l", side, slot): ((r, d) if side == "A" else (d, r))
+            for side in "AB"
+            for slot in ("general", "personal")
+        }
         params = init(shapes, torch_generator(seed, "init"))  # type: ignore[arg-type]
         values.append(float(penalty("W-A2", params, normalise=False)))
     assert sum(values) / len(values) == pytest.approx(r * r / (9 * d), rel=0.05)
@@ -124,7 +131,8 @@ def test_value_and_gradient_are_finite_at_b_zero(kind: str, routing: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("routing", "moved"), [("both", {"general", "personal"}), ("personal_only", {"personal"}), ("general_only", {"general"})]
+    ("routing", "moved"),
+    [("both", {"general", "personal"}), ("personal_only", {"personal"}), ("general_only", {"general"})],
 )
 @pytest.mark.parametrize("kind", WEIGHT_TERMS)
 def test_routing_sends_the_gradient_to_one_side(kind: str, routing: str, moved: set[str]) -> None:
@@ -137,8 +145,10 @@ def test_routing_sends_the_gradient_to_one_side(kind: str, routing: str, moved: 
 def test_orthogonal_factors_cost_nothing_and_equal_ones_the_most() -> None:
     eye = torch.eye(6)
     orthogonal = {
-        tensor_name("l0", "A", "general"): eye[:2], tensor_name("l0", "A", "personal"): eye[2:4],
-        tensor_name("l0", "B", "general"): eye[:, :2], tensor_name("l0", "B", "personal"): eye[:, 2:4],
+        tensor_name("l0", "A", "general"): eye[:2],
+        tensor_name("l0", "A", "personal"): eye[2:4],
+        tensor_name("l0", "B", "general"): eye[:, :2],
+        tensor_name("l0", "B", "personal"): eye[:, 2:4],
     }
     equal = {n: orthogonal[n.replace("personal", "general")] for n in orthogonal}
     for kind in WEIGHT_TERMS:

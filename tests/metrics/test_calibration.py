@@ -97,9 +97,7 @@ def test_bins_partition_the_images_and_ece_matches_a_slow_loop(seed, bins):
     assert sum(r["n"] for r in records) == 40
     total = 0.0
     for b in range(bins):
-        inside = [
-            i for i in range(40) if b <= p[i].max() * bins < b + 1 or (b == bins - 1 and p[i].max() >= 1)
-        ]
+        inside = [i for i in range(40) if b <= p[i].max() * bins < b + 1 or (b == bins - 1 and p[i].max() >= 1)]
         if inside:
             accuracy = np.mean([p[i].argmax() == labels[i] for i in inside])
             total += len(inside) / 40 * abs(accuracy - np.mean([p[i].max() for i in inside]))

@@ -47,9 +47,7 @@ def test_every_resample_agrees_with_sklearn_under_sample_weights(seed, ties):
     for r, w in enumerate(weights):
         w = w[groups]
         present = [k for k in range(K) if w[y == k].sum() > 0]
-        recall = reference.recall_score(
-            y, guess, labels=present, average=None, sample_weight=w, zero_division=0
-        )
+        recall = reference.recall_score(y, guess, labels=present, average=None, sample_weight=w, zero_division=0)
         np.testing.assert_allclose(ours["recall"][r, present], recall, atol=1e-12)
         assert np.isnan(np.delete(ours["recall"][r], present)).all()
         assert ours["balanced_accuracy"][r] == pytest.approx(recall.mean())

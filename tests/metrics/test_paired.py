@@ -214,8 +214,7 @@ def estimate(value, low, high, *, patients=50, p=0.5, note=None):
         (
             estimate(None, None, None, patients=0, note="there are no test images"),
             "local",
-            "At rosendahl, joining the federation cannot be compared with training alone: "
-            "there are no test images.",
+            "At rosendahl, joining the federation cannot be compared with training alone: there are no test images.",
         ),
     ],
 )

@@ -34,8 +34,7 @@ def scores(rng: np.random.Generator, classes: list[str], quality: float, *, n: i
         "ece": interval(rng, 0.08, 0.04),
         "confusion": confusion.tolist(),
         "recall": {
-            c: interval(rng, float(r), 0.2) if t else None
-            for c, r, t in zip(classes, recall, truth, strict=True)
+            c: interval(rng, float(r), 0.2) if t else None for c, r, t in zip(classes, recall, truth, strict=True)
         },
         "absent": absent,
         "notes": [f"No test image of {name}." for name in absent],
@@ -55,9 +54,7 @@ def reliability(rng: np.random.Generator) -> list[dict[str, Any]]:
     return bins
 
 
-def overlap(
-    rng: np.random.Generator, sites: list[str], a: float, b: float, outputs: float | None
-) -> dict[str, Any]:
+def overlap(rng: np.random.Generator, sites: list[str], a: float, b: float, outputs: float | None) -> dict[str, Any]:
     return {
         s: {
             "A": a + rng.normal(0, 0.004),
@@ -69,9 +66,7 @@ def overlap(
     }
 
 
-def events(
-    rng: np.random.Generator, sites: list[str], rounds: int, *, failures: bool
-) -> list[dict[str, Any]]:
+def events(rng: np.random.Generator, sites: list[str], rounds: int, *, failures: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     n = len(sites)
     for t in range(1, rounds + 1):
@@ -104,9 +99,7 @@ def events(
                 },
             }
         )
-        values = {
-            s: float(0.25 + (0.3 + 0.04 * k) * progress + rng.normal(0, 0.015)) for k, s in enumerate(sites)
-        }
+        values = {s: float(0.25 + (0.3 + 0.04 * k) * progress + rng.normal(0, 0.015)) for k, s in enumerate(sites)}
         rows.append(
             {
                 "event": "evaluation",
@@ -155,11 +148,7 @@ def results(
         }
     summary = {}
     for model in ("personalised", "general"):
-        found = {
-            s: e["models"][model]["balanced_accuracy"]["value"]
-            for s, e in entries.items()
-            if e["models"][model]
-        }
+        found = {s: e["models"][model]["balanced_accuracy"]["value"] for s, e in entries.items() if e["models"][model]}
         worst = min(found, key=lambda s: found[s]) if found else None
         summary[model] = (
             {

@@ -103,9 +103,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     shutil.rmtree(profile, ignore_errors=True)
 
 
-def show(
-    browser: Any, address: str, *, width: int = 1200, scheme: str = "light", media: str = "screen"
-) -> None:
+def show(browser: Any, address: str, *, width: int = 1200, scheme: str = "light", media: str = "screen") -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -145,10 +143,7 @@ def test_curves_follow_the_scheme(browser: Any, pages: dict[str, str]) -> None:
 
 def test_paper_is_white_shows_folded_parts_and_has_no_navigation(browser: Any, pages: dict[str, str]) -> None:
     show(browser, pages["eight"], scheme="dark", media="print")
-    assert (
-        browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-        == "rgb(255, 255, 255)"
-    )
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
     height = "return document.querySelector('details table').getBoundingClientRect().height"
     assert browser.execute_script(height) > 20

@@ -182,9 +182,7 @@ def test_the_card_names_a_base_model_only_if_it_is_on_the_hub(full: dict[str, An
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib.figure"])
-def test_a_missing_extra_is_named(
-    small: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named(small: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=r"confrere\[report\]"):
         render(small)

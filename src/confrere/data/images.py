@@ -75,4 +75,3 @@ class Federation:
                 return site
         known = ", ".join(site.name for site in self.sites)
         raise DataError(f"there is no site {name!r}", where=self.name, fix=f"the sites are {known}")
-

@@ -31,14 +31,10 @@ def draw(patients: int, generator: np.random.Generator, resamples: int) -> Float
     return np.concatenate([own, counts.reshape(resamples, patients).astype(np.float64)])
 
 
-def per_patient(
-    patient_N: Ints, column_N: Ints, shape: tuple[int, int], values_N: Floats | None = None
-) -> Floats:
+def per_patient(patient_N: Ints, column_N: Ints, shape: tuple[int, int], values_N: Floats | None = None) -> Floats:
     """Return sums (P, columns) of ``values_N`` (default: ones) by patient and column."""
     cells = patient_N * shape[1] + column_N
-    return (
-        np.bincount(cells, weights=values_N, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
-    )
+    return np.bincount(cells, weights=values_N, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
 
 
 def ratio(above: Floats, below: Floats) -> Floats:

@@ -109,9 +109,7 @@ def fit_temperature(logits: NDArray[Any], labels: Ints, *, weights: Floats | Non
     def loss(log_temperature: float) -> float:
         return float(np.average(logsumexp(z / np.exp(log_temperature), axis=1), weights=w))
 
-    found = minimize_scalar(
-        loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded", options={"xatol": 1e-4}
-    )
+    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))
 
 

@@ -86,8 +86,7 @@ def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np
     """Return one seed's gain per resample (R,), on whom the models differ (P,), and images (P, K)."""
     labels, K, P = a[1], a[0].shape[1], weights.shape[1]
     hits_a, hits_b = (
-        per_patient(patient_N, labels, (P, K), (run[0].argmax(axis=1) == labels).astype(np.float64))
-        for run in (a, b)
+        per_patient(patient_N, labels, (P, K), (run[0].argmax(axis=1) == labels).astype(np.float64)) for run in (a, b)
     )
     images_PK = per_patient(patient_N, labels, (P, K))
     gain_RK = ratio(weights @ (hits_a - hits_b), weights @ images_PK)

@@ -25,9 +25,7 @@ def card(summary: Json) -> str:
         summary: what :func:`summarize` returned.
     """
     template = environment(html=False).get_template("card.md.j2")
-    text = template.render(
-        s=summary, front=_front_matter(summary), metrics=_METRICS, licence=_licence(summary)
-    )
+    text = template.render(s=summary, front=_front_matter(summary), metrics=_METRICS, licence=_licence(summary))
     return text.strip() + "\n"
 
 

@@ -143,9 +143,7 @@ def _line(axes: Any, points: Points, colour: str, width: float, **style: Any) ->
     caps = {"solid_capstyle": "round", "solid_joinstyle": "round"}
     # A single point draws no line; a dot keeps it visible.
     marker = "o" if len(points) == 1 else "None"
-    axes.plot(
-        *_columns(points), marker=marker, markersize=4, color=_INK[colour], linewidth=width, **caps, **style
-    )
+    axes.plot(*_columns(points), marker=marker, markersize=4, color=_INK[colour], linewidth=width, **caps, **style)
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

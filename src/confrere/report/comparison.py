@@ -52,9 +52,7 @@ def _method(given: Json) -> Json:
         "general": interval(as_dict(general).get("balanced_accuracy", general)),
         "bytes_per_round": number(given.get("bytes_per_round")),
         "seconds": number(given.get("seconds")),
-        "overlap_after": {
-            key: number(as_dict(given.get("overlap_after")).get(key)) for key in ("A", "B", "product")
-        },
+        "overlap_after": {key: number(as_dict(given.get("overlap_after")).get(key)) for key in ("A", "B", "product")},
         "sites": {site: interval(value) for site, value in as_dict(given.get("sites")).items()},
     }
 

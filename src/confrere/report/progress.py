@@ -34,9 +34,7 @@ def sections(events: list[Json], results: Json) -> Json:
 
 
 def _curves(events: list[Json], chosen: float | None) -> Json | None:
-    scores = [
-        event for event in events if event["event"] == "evaluation" and event.get("split", "val") == "val"
-    ]
+    scores = [event for event in events if event["event"] == "evaluation" and event.get("split", "val") == "val"]
     sites: dict[str, list[list[float]]] = {}
     mean: list[list[float]] = []
     for event in scores:

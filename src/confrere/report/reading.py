@@ -69,9 +69,7 @@ def _event(line: str, number: int, folder: Path) -> Json:
     try:
         event = json.loads(line, parse_constant=_undefined)
     except ValueError as error:
-        raise RunError(
-            f"events.jsonl, line {number}, is not JSON", where=str(folder), fix="run again"
-        ) from error
+        raise RunError(f"events.jsonl, line {number}, is not JSON", where=str(folder), fix="run again") from error
     if not isinstance(event, dict) or "event" not in event:
         raise RunError(f"events.jsonl, line {number}, has no 'event'", where=str(folder), fix="run again")
     return event
@@ -84,9 +82,7 @@ def need(mapping: Mapping[str, Any], key: str, where: str) -> Any:
         RunError: the key is missing; ``where`` names the file and the place in it.
     """
     if key not in mapping:
-        raise RunError(
-            f"the key {key!r} is missing", where=where, fix="run again with this version of confrere"
-        )
+        raise RunError(f"the key {key!r} is missing", where=where, fix="run again with this version of confrere")
     return mapping[key]
 
 

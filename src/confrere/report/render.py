@@ -214,9 +214,7 @@ def _axis(summary: Json) -> Json:
         cells += [{"low": None, "value": scores["chance"], "high": None} for scores in models]
     else:
         cells = [
-            cell
-            for method in summary["methods"]
-            for cell in (method["balanced_accuracy"], *method["sites"].values())
+            cell for method in summary["methods"] for cell in (method["balanced_accuracy"], *method["sites"].values())
         ]
     ends = [cell[key] for cell in cells for key in ("low", "value", "high") if cell[key] is not None]
     low, high = min(ends, default=0.0), max(ends, default=1.0)

@@ -19,19 +19,13 @@ def arrange(sheet: Json, classes: list[str]) -> Json | None:
     if not sites and not warnings:
         return None
     keys = list(dict.fromkeys(key for entry in sites.values() for key in entry))
-    counted = next(
-        (key for key in keys if any(_is_counts(entry.get(key), classes) for entry in sites.values())), None
-    )
-    flat = [
-        key for key in keys if key != counted and all(_is_flat(entry.get(key)) for entry in sites.values())
-    ]
+    counted = next((key for key in keys if any(_is_counts(entry.get(key), classes) for entry in sites.values())), None)
+    flat = [key for key in keys if key != counted and all(_is_flat(entry.get(key)) for entry in sites.values())]
     rest = [key for key in keys if key not in flat and key != counted]
     rows = [{"name": name, "cells": [entry.get(key) for key in flat]} for name, entry in sites.items()]
     others = [{"name": name, "cells": [entry.get(key) for key in rest]} for name, entry in sites.items()]
     extra = {
-        key: value
-        for key, value in sheet.items()
-        if key not in ("sites", "warnings") and value not in ({}, [], None)
+        key: value for key, value in sheet.items() if key not in ("sites", "warnings") and value not in ({}, [], None)
     }
     return {
         "columns": [label(key) for key in flat],
@@ -63,11 +57,7 @@ def _by_split(entry: Json) -> Json:
 
 
 def _is_flat(value: object) -> bool:
-    return (
-        value is None
-        or isinstance(value, bool | int | float)
-        or (isinstance(value, str) and len(value) <= 24)
-    )
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 24)
 
 
 def _is_counts(value: object, classes: list[str]) -> bool:

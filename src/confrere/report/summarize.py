@@ -93,12 +93,7 @@ def outcome(gain: Json) -> str:
 
 def gain_limit(gains: Iterable[Json]) -> float:
     """Return the half-width of a symmetric axis that holds all intervals: a multiple of 0.05."""
-    ends = [
-        abs(end)
-        for gain in gains
-        for key in ("gain", "low", "high")
-        if (end := number(gain.get(key))) is not None
-    ]
+    ends = [abs(end) for gain in gains for key in ("gain", "low", "high") if (end := number(gain.get(key))) is not None]
     return max(0.05, math.ceil(round(max(ends, default=0.0) * 20, 6)) / 20)
 
 
@@ -117,9 +112,7 @@ def _sites(results: Json, controls: dict[str, Json], classes: list[str]) -> list
     sites = []
     for name, site in need(results, "sites", "results.json").items():
         where = f"results.json, sites.{name}"
-        models = {
-            key: model_scores(value, classes) for key, value in need(site, "models", where).items() if value
-        }
+        models = {key: model_scores(value, classes) for key, value in need(site, "models", where).items() if value}
         for control, other in controls.items():
             theirs = as_dict(as_dict(as_dict(other.get("sites")).get(name)).get("models"))
             value = theirs.get("personalised") or theirs.get("general")
@@ -175,9 +168,7 @@ def _across(model: str, sites: list[Json], given: Json) -> Json:
     written = as_dict(given.get(model))
     if written:
         keys = ("mean", "worst", "spread")
-        return (
-            row | {key: number(written.get(key)) for key in keys} | {"worst_site": written.get("worst_site")}
-        )
+        return row | {key: number(written.get(key)) for key in keys} | {"worst_site": written.get("worst_site")}
     cells = {site["name"]: site["models"].get(model) for site in sites}
     values = {name: cell["metrics"]["balanced_accuracy"]["value"] for name, cell in cells.items() if cell}
     return row | {key: value for key, value in across_sites.summary(values).items() if key != "undefined"}
@@ -203,9 +194,7 @@ def _verdicts(given: Json | None, sites: list[Json]) -> Json | None:
 
 
 def _card(site: Json, judged: Json) -> Json:
-    order = [key for key in ("local", "pooled") if key in judged] + [
-        k for k in judged if k not in OTHER_TITLES
-    ]
+    order = [key for key in ("local", "pooled") if key in judged] + [k for k in judged if k not in OTHER_TITLES]
     gains: list[Json] = []
     for other in order:
         gain = as_dict(judged[other])
