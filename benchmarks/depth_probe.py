@@ -23,8 +23,8 @@ from confrere.adapters.lora import LoraSpec
 from confrere.backbones import load
 from confrere.data.federation import SiteImages, load_federation
 from confrere.data.options import DataOptions
-from confrere.job import cache_dir
 from confrere.metrics.classification import score
+from confrere.prefix import cache_dir
 from confrere.seeds import numpy_generator
 
 SEEDS = (0, 1, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from confrere.learner import TokenSet, TrainSettings
 from confrere.listing import describe_method
 from confrere.method import Method, Request
 from confrere.metrics.across_sites import summary
-from confrere.prefix import join, tokens
+from confrere.prefix import cache_dir, join, tokens
 from confrere.record.files import read_json, write_bytes, write_json, write_state
 from confrere.record.machine import machine
 from confrere.record.run import Run
@@ -34,11 +33,6 @@ from confrere.verdicts import verdicts
 
 POOLED = "pooled"
 Notify = Callable[[dict[str, Any]], None]
-
-
-def cache_dir() -> Path:
-    """Return where decoded images and frozen activations are kept: $CONFRERE_CACHE or ~/.cache/confrere."""
-    return Path(os.environ.get("CONFRERE_CACHE") or Path.home() / ".cache" / "confrere")
 
 
 @dataclass(frozen=True, kw_only=True)

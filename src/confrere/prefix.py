@@ -18,6 +18,11 @@ from confrere.seeds import derive
 BATCH = 64
 
 
+def cache_dir() -> Path:
+    """Return where decoded images and frozen activations are kept: $CONFRERE_CACHE or ~/.cache/confrere."""
+    return Path(os.environ.get("CONFRERE_CACHE") or Path.home() / ".cache" / "confrere")
+
+
 class Stacked:
     """Arrays of equal row shape read as one, without copying them together."""
 
