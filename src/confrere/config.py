@@ -103,9 +103,17 @@ class Experiment(Part):
     def _lists(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        """Accept a bare name, and options without a name (then they are the default method's)."""
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "fedopal", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        for name in (str(self.method.get("name")), *self.controls):
+        for name in self.controls:
             make(name)
         method = self.build_method()
         if self.adapter.rank % len(method.slots):
@@ -121,7 +129,7 @@ class Experiment(Part):
     def build_method(self) -> Method:
         """Return the method this experiment trains."""
         options = {key: value for key, value in self.method.items() if key != "name"}
-        return make(str(self.method.get("name", "fedopal")), options)
+        return make(str(self.method["name"]), options)
 
     def for_method(self, label: str, **changes: Any) -> Experiment:
         """Return the same experiment for another method, with no controls.
@@ -132,7 +140,7 @@ class Experiment(Part):
             changes: other keys to change.
         """
         name, *options = label.split(":")
-        own = dict(self.method) if name == self.method.get("name") else {}
+        own = dict(self.method) if name == self.method["name"] else {}
         method = override({**own, "name": name}, options)
         return validate({**self.model_dump(), "method": method, "controls": (), **changes})
 

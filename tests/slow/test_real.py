@@ -98,7 +98,8 @@ def test_plain_peft_gives_the_same_probabilities(run: Path, hospitals: Path) -> 
 def test_predict_writes_probabilities_and_overlays(run: Path, hospitals: Path, tmp_path: Path) -> None:
     confrere("predict", run, "--site", "brindley", hospitals / "brindley", "--out", tmp_path / "p.csv", "--overlay", 2,
              cwd=tmp_path)  # fmt: skip
-    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    with (tmp_path / "p.csv").open() as file:
+        rows = list(csv.DictReader(file))
     assert len(rows) == len(list((hospitals / "brindley").rglob("*.png")))
     for row in rows:
         assert sum(float(v) for k, v in row.items() if k not in ("file", "predicted")) == pytest.approx(1, abs=1e-4)
@@ -112,8 +113,9 @@ HAM = Path(os.environ.get("CONFRERE_DATA", "data")) / "fed_ham10000"
 def test_real_dermoscopy_at_four_real_sites(tmp_path: Path) -> None:
     """A small slice of HAM10000: training learns, personalisation does not fall behind, geometry separates."""
     by_site: dict[str, list[dict[str, str]]] = {}
-    for row in csv.DictReader((HAM / "metadata.csv").open()):
-        by_site.setdefault(row["site"], []).append(row)
+    with (HAM / "metadata.csv").open() as table:
+        for row in csv.DictReader(table):
+            by_site.setdefault(row["site"], []).append(row)
     chosen = [row for _, rows in sorted(by_site.items()) for row in rows[:: max(1, len(rows) // 110)][:110]]
     with zipfile.ZipFile(HAM / "images_200x150.zip") as pictures:
         for row in chosen:

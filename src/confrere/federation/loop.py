@@ -179,5 +179,5 @@ def site_record(request: Request, reply: Reply) -> dict[str, Any]:
         "examples": m["examples"],
         "sent_bytes": n_bytes(reply.state),
         "received_bytes": n_bytes(request.state),
-        "seconds": round(m["seconds"], 3),
+        "seconds": round(m.get("seconds", 0.0), 3),
     }

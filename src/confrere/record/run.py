@@ -33,12 +33,14 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory for this process; RunError names the process that holds it."""
+        """Hold the directory for this process and sweep torn writes; RunError names the process that holds it."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         holder = self.path / ".lock-holder"
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 holder.write_text(f"process {os.getpid()}", encoding="utf-8")
+                for torn in self.path.rglob(".tmp-*"):  # what a killed process was writing
+                    torn.unlink()
                 yield
         except Timeout:
             who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
