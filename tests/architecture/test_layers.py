@@ -127,5 +127,7 @@ def test_public_names_are_sorted_and_there() -> None:
 
 @pytest.mark.parametrize("module", ["confrere", "confrere.cli"])
 def test_start_up_does_not_wait_for_torch(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft', 'sklearn')))"
+    code = (
+        f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft', 'sklearn')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

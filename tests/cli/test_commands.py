@@ -146,7 +146,9 @@ def test_resume_refuses_another_machine_unless_told(confrere: Cli, finished: Pat
         file.write_text(original)
 
 
-def test_predict_gives_the_runs_own_probabilities(confrere: Cli, finished: Path, hospitals: Path, tmp_path: Path) -> None:
+def test_predict_gives_the_runs_own_probabilities(
+    confrere: Cli, finished: Path, hospitals: Path, tmp_path: Path
+) -> None:
     text = confrere("predict", finished, "--site", "St. Mary", hospitals / "St. Mary", "--out", tmp_path / "p.csv",
                     "--overlay", "2")  # fmt: skip
     assert "3 left out" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -63,9 +64,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_state(path: Path, state: State, meta: Mapping[str, Any]) -> None:
-    """Write ``state`` as safetensors with ``group/name`` keys, JSON ``meta`` and a digest over the tensors."""
+    """Write ``state`` as safetensors with ``group/name`` keys, JSON ``meta`` and a digest over both."""
     flat = {key: value.contiguous() for key, value in flatten(state).items()}
-    header = {"confrere": json.dumps({**meta, "digest": digest(state)}, sort_keys=True)}
+    header = {"confrere": json.dumps({"meta": meta, "digest": _digest(state, meta)}, sort_keys=True)}
     write_bytes(path, save(flat, header))
 
 
@@ -79,11 +80,16 @@ def read_state(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         content = path.read_bytes()
         state = unflatten(load(content))
         length = int.from_bytes(content[:8], "little")
-        meta = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["confrere"])
+        sealed = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["confrere"])
+        meta, found = sealed["meta"], sealed["digest"]
     except FileNotFoundError:
         raise RunError("a state file is missing", where=str(path), fix="resume from an earlier round") from None
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError("a state file is damaged", where=str(path), fix="delete it and resume the run") from error
-    if meta.pop("digest") != digest(state):
+    if found != _digest(state, meta):
         raise RunError("a state file was changed since it was written", where=str(path), fix="delete it and resume")
     return state, meta
+
+
+def _digest(state: State, meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([digest(state), meta], sort_keys=True).encode()).hexdigest()
