@@ -70,10 +70,11 @@ def _tensorboard(out: Path) -> Iterator[Callable[[str, float, int], None]]:
 def _mlflow(out: Path) -> Iterator[Callable[[str, float, int], None]]:
     import os
 
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
     try:
         import mlflow
     except ImportError as error:
-        raise MissingExtraError("mlflow-skinny", "track", needed_for="track = ['mlflow']") from error
+        raise MissingExtraError("mlflow", "track", needed_for="track = ['mlflow']") from error
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(f"sqlite:///{(out / 'mlflow.db').resolve()}")
     mlflow.set_experiment("confrere")
