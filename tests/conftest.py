@@ -1,129 +1,16 @@
-"""Shared pieces of the tests: a tiny frozen model and three small synthetic sites."""
+"""Settings of all tests."""
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-from confrere import methods as _methods  # noqa: F401  fills the registry
-from confrere.adapters import head, lora
-from confrere.backbones import Backbone, load
-from confrere.federation.loop import Plan, federate
-from confrere.federation.site import Site
-from confrere.federation.transport import InProcess, Transport
-from confrere.learner import TokenSet, TrainSettings
-from confrere.method import Method
-from confrere.prefix import join
-from confrere.record.run import Run
-from confrere.record.store import MemoryStore, Store
-from confrere.seeds import numpy_generator, torch_generator
-from confrere.tensors import State, Tensors
 
 # Slow, shared machines: time says nothing about correctness.
 settings.register_profile("confrere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("confrere")
 
-CLASSES = ("alpha", "beta", "gamma")
-SITES = ("a", "b", "c")
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-_BACKBONES: dict[tuple[str, ...], Backbone] = {}
-
-
-def tiny_backbone(slots: tuple[str, ...] = ("general", "personal")) -> Backbone:
-    """Return the test backbone with these slots, made once; dropout on, as by default."""
-    if slots not in _BACKBONES:
-        _BACKBONES[slots] = load("test-vit", lora=lora.LoraSpec(slots=slots, blocks=2))
-    return _BACKBONES[slots]
-
-
-@functools.cache
-def tiny_data(backbone: Backbone, site: str, n: int = 24) -> TokenSet:
-    """Return images whose class shows in one colour channel, with a tint of the site."""
-    rng = numpy_generator(7, "tiny", site)
-    h, w = backbone.image_size
-    labels = np.arange(n) % len(CLASSES)
-    images = rng.integers(0, 120, size=(n, h, w, 3))
-    images[np.arange(n), :, :, labels] += 60
-    images[..., SITES.index(site) if site in SITES else 0] += 30
-    split = np.array([0, 0, 0, 0, 1, 1, 2, 2] * (n // 8 + 1), dtype=np.int8)[:n]
-    tokens = backbone.prefix(images.astype(np.uint8)).numpy()
-    return TokenSet(tokens=tokens, labels=labels.astype(np.int64), groups=np.arange(n), split=split, classes=CLASSES)
-
-
-def initial_params(backbone: Backbone, method: Method, site: str, rank: int = 4, seed: int = 0) -> Tensors:
-    """Return adapters and head before training, as the job draws them."""
-    params: dict[str, torch.Tensor] = {}
-    for slot in method.slots:
-        address = ("init", slot, site) if slot == "personal" else ("init", slot)
-        shapes = backbone.adapter_shapes({slot: rank // len(method.slots)})
-        mine = {n: s for n, s in shapes.items() if lora.slot_of(n) == slot}
-        params |= lora.init(mine, torch_generator(seed, *address))
-    return params | head.init(len(CLASSES), backbone.feature_dim)
-
-
-def tiny_sites(
-    method: Method,
-    *,
-    seed: int = 0,
-    rounds: int = 3,
-    stores: dict[str, Store] | None = None,
-    **settings: object,
-) -> dict[str, Site]:
-    """Return three sites (and the pooled one where the method asks for it)."""
-    backbone = tiny_backbone(method.slots)
-    data = {name: tiny_data(backbone, name) for name in SITES}
-    if method.pools:
-        data["pooled"] = join(list(data.values()))
-    options = {"steps": 3, "batch_size": 6, "lr": 5e-3, **settings}
-    return {
-        name: Site(
-            name=name,
-            method=method,
-            backbone=backbone,
-            data=one,
-            initial=initial_params(backbone, method, name, seed=seed),
-            store=(stores or {}).get(name) or MemoryStore(),
-            settings=TrainSettings(**options),  # type: ignore[arg-type]
-            seed=seed,
-            rounds=rounds,
-            weight=float(len(one.rows("train"))),
-        )
-        for name, one in data.items()
-    }
-
-
-def tiny_plan(method: Method, *, rounds: int = 3, seed: int = 0, **changes: object) -> Plan:
-    """Return a plan in which the pooled control trains in one place."""
-    train = ("pooled",) if method.pools else SITES
-    return Plan(**{"rounds": rounds, "seed": seed, "train": train, "judge": SITES, **changes})  # type: ignore[arg-type]
-
-
-def tiny_run(
-    method: Method,
-    folder: Path,
-    *,
-    rounds: int = 3,
-    seed: int = 0,
-    transport: Transport | None = None,
-    disk: bool = False,
-    **settings: object,
-) -> tuple[State, dict[str, Site]]:
-    """Run a method on the tiny federation; return the server's state and the sites."""
-    run = Run(folder)
-    names = (*SITES, "pooled") if method.pools else SITES
-    stores: dict[str, Store] = {n: run.store(n) for n in names} if disk else {}
-    sites = tiny_sites(method, seed=seed, rounds=rounds, stores=stores, **settings)
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, "", seed=seed))
-    plan = tiny_plan(method, rounds=rounds, seed=seed)
-    return federate(method, server, transport or InProcess(sites), plan, run), sites

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, initial_params, tiny_backbone, tiny_data
+from tiny_federation import CLASSES, initial_params, tiny_backbone, tiny_data
 
 from confrere.errors import TrainingError
 from confrere.learner import Learner, TokenSet, TrainSettings

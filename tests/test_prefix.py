@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES, tiny_backbone
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_federation import CLASSES, tiny_backbone
 
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import load

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
+from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
 
 from confrere import config
 from confrere.federation.loop import federate

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from conftest import SITES, initial_params, tiny_backbone, tiny_plan, tiny_sites
+from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_sites
 
 from confrere.adapters.algebra import average_products, pairs
 from confrere.adapters.lora import slot_of

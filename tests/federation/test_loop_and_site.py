@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
+from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
 
 from confrere.adapters.algebra import pairs, product
 from confrere.errors import RunError, UpdateRefusedError
