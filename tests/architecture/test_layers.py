@@ -1,10 +1,8 @@
-"""The architecture, enforced: layers, single homes of libraries, forbidden loaders, sizes, public names."""
+"""The architecture, enforced: layers, single homes of libraries, forbidden loaders."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,13 +32,20 @@ ROWS = [
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 HOMES = {
     "peft": {"adapters/lora.py"},
-    "timm": {"backbones/hub.py", "backbones/anatomy.py"},
+    "timm": {"backbones/"},
+    "transformers": {"backbones/"},
+    "onnx": {"backbones/"},
     "jinja2": {"report/"},
     "matplotlib": {"report/"},
     "mlflow": {"track.py"},
+    "tensorboard": {"track.py"},
+    "typer": {"cli.py"},
     "flwr": set(),
 }
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "os.system"}
+# What a method may know: its own tensors, and what `update` is given.
+OF_METHODS = {"tensors", "adapters", "method", "errors", "learner", "methods"}
 
 
 def unit(path: Path) -> str:
@@ -60,11 +65,14 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{path.name}:{node.lineno}: write imports from confrere in full"
+            assert not node.level, f"{path.name}:{node.lineno}: write imports from confrere in full"
             if node.module == "confrere":
                 yield from ((f"confrere.{alias.name}", node.lineno) for alias in node.names)
             else:
                 yield node.module, node.lineno
+                yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -82,6 +90,7 @@ def test_libraries_have_one_home_and_unsafe_ones_none(path: Path) -> None:
     for name, line in imports(path):
         top = name.split(".")[0]
         assert top not in FORBIDDEN, f"{place}:{line} imports {name}"
+        assert name != "torch.load", f"{place}:{line} imports {name}"
         if top in HOMES:
             assert any(place.startswith(home) for home in HOMES[top]), f"{place}:{line} imports {name}"
 
@@ -92,42 +101,20 @@ def test_no_unsafe_call_and_no_assert(path: Path) -> None:
         assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno}: raise an error that teaches"
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in {"eval", "exec", "torch.load", "yaml.load", "os.system"}, f"{path.name}:{node.lineno}"
+            assert called not in UNSAFE_CALLS, f"{path.name}:{node.lineno} calls {called}"
             if called in {"np.load", "numpy.load"}:
                 assert "allow_pickle=False" in ast.unparse(node), f"{path.name}:{node.lineno}"
+            assert "allow_pickle=True" not in ast.unparse(node), f"{path.name}:{node.lineno}"
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "methods").glob("*.py")), ids=lambda p: p.name)
 def test_a_method_knows_no_engine(path: Path) -> None:
-    allowed = {"tensors", "adapters", "method", "errors", "learner", "methods"}
     for name, line in imports(path):
-        if name.startswith("confrere."):
-            assert name.split(".")[1] in allowed, f"{path.name}:{line} imports {name}"
-    assert len(path.read_text().splitlines()) <= 120
+        top = name.split(".")[0]
+        assert top in {"confrere", "torch"} | sys.stdlib_module_names, f"{path.name}:{line} imports {name}"
+        if top == "confrere":
+            assert name.split(".")[1] in OF_METHODS, f"{path.name}:{line} imports {name}"
 
 
-def test_files_and_functions_stay_small() -> None:
-    for path in FILES:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 300, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
-
-
-def test_public_names_are_sorted_and_there() -> None:
-    assert confrere.__all__ == sorted(confrere.__all__, key=lambda n: (n.isupper() is False, n))
-    for name in confrere.__all__:
-        assert getattr(confrere, name) is not None
-    for path in FILES:
-        module = ".".join(["confrere", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
-        if not module.endswith("__main__"):
-            assert importlib.import_module(module).__doc__, module
-
-
-@pytest.mark.parametrize("module", ["confrere", "confrere.cli"])
-def test_start_up_does_not_wait_for_torch(module: str) -> None:
-    code = (
-        f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft', 'sklearn')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_every_module_has_a_row() -> None:
+    assert {unit(path) for path in FILES} == set(ROW)

@@ -24,7 +24,14 @@ OPTIONS = [
 def start(*arguments: object, cache: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "CONFRERE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "confrere", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored
+    )
 
 
 def tensors(run: Path) -> dict[str, str]:
@@ -72,7 +79,8 @@ def test_sigkill_then_resume_gives_the_same_bytes(place: Path, tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_interrupt_prints_the_way_back(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_prints_the_way_back(place: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "cut"
     process = start("run", place / "hospitals", "--out", run, *OPTIONS, "rounds=5000", cache=place / "cache")
     while not (run / "server" / "00000.safetensors").exists() and process.poll() is None:
@@ -81,7 +89,7 @@ def test_interrupt_prints_the_way_back(place: Path, tmp_path: Path) -> None:
     _, refused = second.communicate(timeout=60)
     assert second.returncode == 5
     assert "is using this run" in refused
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert f"confrere resume {run}" in errors
