@@ -211,7 +211,7 @@ def _weights(path: Path) -> list[Path]:
         raise BackboneError(
             "the weights are pickled and could run code" if pickled else "there are no *.safetensors",
             where=str(path),
-            fix="where you trust the file, load it with torch.load(..., weights_only=True) and write "
+            fix="where you trust the file, load it in PyTorch with weights_only=True and write "
             "model.safetensors with safetensors.torch.save_file",
         )
     return files
