@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_federation import CLASSES, initial_params, tiny_backbone, tiny_data
 
 from confrere.errors import TrainingError
-from confrere.learner import Learner, TokenSet, TrainSettings
+from confrere.learner import Batch, Learner, TokenSet, TrainSettings, predict
 from confrere.method import make
-from confrere.tensors import digest
+from confrere.tensors import Tensors, digest
 
 SLOTS = ("general",)
 
@@ -111,3 +113,102 @@ def test_divergence_names_site_round_and_step() -> None:
     params = initial_params(tiny_backbone(SLOTS), make("fedit"), "a")
     with pytest.raises(TrainingError, match=r"site a, round 1, step \d"):
         learner(lr=1e30, steps=5).fit(params)
+
+
+@pytest.mark.parametrize("balance", ["sampling", "weights", "none"])
+def test_every_order_draws_training_images_only_and_full_batches(balance: str) -> None:
+    one = learner(balance=balance, batch_size=7)
+    train = {t.numpy().tobytes() for t in one.data.batch(one.data.rows("train")).tokens}
+    batches = list(one.batches(5, "t"))
+    assert [len(b.labels) for b in batches] == [7] * 5
+    assert {t.numpy().tobytes() for b in batches for t in b.tokens} <= train
+
+
+def test_plain_order_keeps_the_proportions_that_balancing_changes() -> None:
+    plain = torch.cat([b.labels for b in learner(skewed(), balance="none", batch_size=10).batches(20, "t")])
+    assert int((plain == 1).sum()) == 10  # 1 of 20 training images, 200 drawn
+
+
+def test_weights_make_a_rare_class_count_as_much_as_a_common_one() -> None:
+    one = learner(skewed(), balance="weights")
+    logits = torch.zeros(20, len(CLASSES))
+    labels = torch.from_numpy(one.data.labels[one.data.rows("train")])
+    loss = one._objective()
+    terms = [float(loss(logits[:1], labels[k : k + 1])) for k in range(20)]
+    rare = [t for t, y in zip(terms, labels.tolist(), strict=True) if y == 1]
+    common = [t for t, y in zip(terms, labels.tolist(), strict=True) if y == 0]
+    assert sum(rare) == pytest.approx(sum(common), rel=1e-5)
+    assert sum(terms) / 20 == pytest.approx(float(np.log(len(CLASSES))), rel=1e-5)
+    # `focal` takes the same weights; balancing by sampling takes none.
+    focal = learner(skewed(), balance="weights", loss="focal")._objective()
+    common_, rare_ = torch.tensor([0]), torch.tensor([1])
+    assert float(focal(logits[:1], rare_)) == pytest.approx(19 * float(focal(logits[:1], common_)), rel=1e-5)
+    assert float(learner(skewed())._objective()(logits, labels)) == pytest.approx(float(np.log(len(CLASSES))))
+
+
+def test_the_same_address_draws_the_same_batches_whatever_was_drawn_before() -> None:
+    one = learner()
+    first = [b.tokens for b in one.batches(3, "t")]
+    list(one.batches(5, "other"))
+    again = [b.tokens for b in one.batches(3, "t")]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], next(iter(one.batches(1, "other"))).tokens)
+
+
+def test_fitting_twice_gives_the_same_bits_and_keeps_the_input() -> None:
+    params = initial_params(tiny_backbone(SLOTS), make("fedit"), "a")
+    before = digest({"p": params})
+    one, two = learner(), learner()
+    assert digest({"p": one.fit(params)}) == digest({"p": two.fit(params)})
+    assert digest({"p": params}) == before
+    assert one.metrics == two.metrics
+    assert not any(t.requires_grad for t in one.fit(params).values())
+
+
+def test_dropout_has_an_address_too() -> None:
+    """In another round on the very same batches the dropped inputs differ."""
+    params = {
+        n: t + 0.1 for n, t in initial_params(tiny_backbone(SLOTS), make("fedit"), "a").items()
+    }  # B is not zero, so that dropout shows
+    backbone = tiny_backbone(SLOTS)
+    batch = next(iter(learner().batches(1, "fit")))
+
+    def logits(seed: int | None) -> torch.Tensor:
+        with backbone.dropout(None if seed is None else torch.Generator().manual_seed(seed)):
+            return backbone.logits(params, batch.tokens)
+
+    assert torch.equal(logits(1), logits(1))
+    assert not torch.equal(logits(1), logits(2))
+    assert not torch.equal(logits(1), logits(None))
+
+
+def test_a_penalty_is_added_and_not_reported_as_loss() -> None:
+    params = initial_params(tiny_backbone(SLOTS), make("fedit"), "a")
+    seen: list[int] = []
+
+    def penalty(leaves: Tensors, batch: Batch) -> torch.Tensor:
+        seen.append(len(batch.inputs))
+        return 100.0 * torch.stack([t.square().sum() for t in leaves.values()]).sum()
+
+    plain, pulled = learner(steps=1), learner(steps=1)
+    free, held = plain.fit(params), pulled.fit(params, penalty=penalty, capture=True)
+    assert plain.metrics["loss"] == pulled.metrics["loss"]
+    assert digest({"p": free}) != digest({"p": held})
+    assert seen == [len(tiny_backbone(SLOTS).layers)]
+
+
+def test_a_penalty_that_is_not_finite_is_divergence() -> None:
+    params = initial_params(tiny_backbone(SLOTS), make("fedit"), "a")
+    with pytest.raises(TrainingError, match="step 1"):
+        learner().fit(params, penalty=lambda leaves, batch: leaves["head.bias"].sum() * float("nan"))
+
+
+@given(size=st.integers(1, 40))
+def test_predictions_do_not_depend_on_the_batch_size(size: int) -> None:
+    backbone = tiny_backbone(SLOTS)
+    params = {n: t + 0.01 for n, t in initial_params(backbone, make("fedit"), "a").items()}
+    data = tiny_data(backbone, "a")
+    rows = np.arange(len(data.labels))
+    found = predict(backbone, params, data, rows, batch_size=size)
+    torch.testing.assert_close(found, predict(backbone, params, data, rows), rtol=1e-4, atol=1e-5)
+    assert predict(backbone, params, data, rows[:0]).shape == (0, len(CLASSES))

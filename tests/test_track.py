@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tiny_federation import SITES, tiny_run
 
 from confrere import track
 from confrere.errors import MissingExtraError
+from confrere.method import make
+from confrere.record.run import Run
 
 ROUND = {
     "event": "round",
@@ -62,3 +66,29 @@ def test_a_missing_tracker_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"pip install 'confrere\[track\]'"), track.trackers([name], tmp_path):
         pass
+
+
+def test_a_real_journal_becomes_finite_numbers(tmp_path: Path) -> None:
+    tiny_run(make("fedopal"), tmp_path, rounds=2)
+    found = [pair for event in Run(tmp_path).events() for pair in track.scalars(event)]
+    assert all(isinstance(v, float) and math.isfinite(v) for _, v in found)
+    tags = {tag for tag, _ in found}
+    assert {f"{kind}/{site}" for kind in ("loss", "validation", "sent_bytes") for site in SITES} <= tags
+    assert {"seconds", "aggregation_error", "validation/mean", "overlap_before_A/a", "overlap_after_B/c"} <= tags
+
+
+def test_other_events_and_unknown_numbers_are_left_out() -> None:
+    for kind in ("failure", "stop", "drift", "prefix"):
+        assert list(track.scalars({"event": kind, "round": 1})) == []
+    assert list(track.scalars({**JUDGED, "sites": {"a": None}, "mean": None})) == []
+    quiet = {**ROUND["sites"]["a"], "loss": None}  # type: ignore[index]
+    tags = [tag for tag, _ in track.scalars({**ROUND, "sites": {"a": quiet}})]
+    assert "loss/a" not in tags
+    assert "sent_bytes/a" in tags
+
+
+def test_no_tracker_is_no_trouble(tmp_path: Path) -> None:
+    with track.trackers([], tmp_path) as notify:
+        notify({"event": "method", "name": "local", "rounds": 3})
+        notify(ROUND)
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from confrere.errors import ConfigError, ConfrereError, DataError, RunError
+from confrere.errors import ConfigError, ConfrereError, DataError
 
 app = typer.Typer(
     name="confrere",
@@ -40,11 +41,12 @@ def demo(
     """Watch four generated hospitals fine-tune a real pretrained model together; needs no data."""
     from confrere.demo import DEMO, make_demo_data
 
-    if (out / "run" / "experiment.toml").exists():
+    if (out / "run" / "backbone.json").exists() and not overrides:
         return resume(out / "run")
     data = make_demo_data(out / "hospitals")
+    _say("", "Four hospitals, generated microscopy.")
     _say(
-        "[bold]Four hospitals, generated microscopy.[/] The images are synthetic (stain, illumination, resolution and "
+        "The images are synthetic (stain, illumination, resolution and "
         "class mix differ by site; patients have several images): they show the mechanics, not medicine. "
         "The backbone's weights are real and pretrained."
     )
@@ -71,26 +73,26 @@ def run(
     values: dict[str, Any] = read(config) if config else {}
     if path.suffix == ".toml" and path.is_file() and "path" in (found := read(path)):
         values = {**found, **values}
-        path = Path(found["path"])
+        path = Path(str(found["path"]))
     options = {"rounds": rounds, "seed": seed, "hold_out": slug(hold_out) if hold_out else None}
     values |= {key: value for key, value in options.items() if value is not None}
     if method is not None:
         values["method"] = {"name": method}
-    if backbone is not None:
-        values["backbone"] = {**values.get("backbone", {}), "name": backbone}
-    _run(path, out, values, overrides or [], quiet=quiet)
+    named = [f"backbone.name={json.dumps(backbone)}"] if backbone is not None else []
+    _run(path, out, values, [*named, *(overrides or [])], quiet=quiet)
 
 
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="directory of a run that was stopped")],
     accept_drift: Annotated[bool, typer.Option(help="continue although packages or threads changed")] = False,
+    quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
 ) -> None:
     """Continue a run that was stopped, to the bytes it would have had."""
     from confrere.job import check_same
 
     experiment = check_same(run, accept_drift=accept_drift)
-    _carry_out(experiment, run, quiet=False)
+    _carry_out(experiment, run, quiet=quiet)
 
 
 @app.command()
@@ -98,7 +100,7 @@ def report(run: Annotated[Path, typer.Argument(help="directory of a run or compa
     """Write report.html, report.json and card.md of a run anew."""
     from confrere.report import write_report
 
-    _say(f"Report: [bold]{write_report(run)}[/]")
+    _say("Report: ", write_report(run))
 
 
 @app.command()
@@ -115,8 +117,8 @@ def predict(
 
     count, problems = predict_folder(run, slug(site), images, out, overlays=overlay)
     for problem in problems:
-        _say(f"[yellow]left out[/] {problem}")
-    _say(f"{count} images, {len(problems)} left out: [bold]{out}[/]")
+        _say(f"left out {problem}")
+    _say(f"{count} images, {len(problems)} left out: ", out)
 
 
 @app.command()
@@ -141,6 +143,7 @@ def compare(
         raise ConfigError(f"{seeds!r} is not a list of numbers", where="--seeds", fix="--seeds 0,1,2") from None
     values = {**(read(config) if config else {}), "path": str(path.resolve())}
     experiment = validate(override(values, overrides or []))
+    _check_places(path, out)
     with progress(quiet=False) as notify:
         run_comparison(experiment, names, numbers, out, jobs=jobs, notify=notify)
     _report(out, quiet=False)
@@ -151,7 +154,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs")
     """List the methods: what they send, keep and need."""
     from confrere.listing import method_rows
 
-    _table(method_rows(), ("name", "sends", "keeps", "needs", "paper"), as_json)
+    _list(method_rows(), ("name", "sends", "keeps", "needs", "paper"), as_json)
 
 
 @app.command()
@@ -159,7 +162,7 @@ def backbones(as_json: Annotated[bool, typer.Option("--json", help="for programs
     """List the backbones known by name."""
     from confrere.listing import backbone_rows
 
-    _table(backbone_rows(), ("name", "source", "licence", "input", "blocks"), as_json)
+    _list(backbone_rows(), ("name", "source", "licence", "input", "blocks"), as_json)
 
 
 @data_app.command("check")
@@ -169,11 +172,11 @@ def data_check(
     overrides: Overrides = None,
 ) -> None:
     """Say what is in PATH, what is wrong with it, and how it would be split."""
-    from confrere.config import override
+    from confrere.config import override, validate
     from confrere.data.check import check, render_check
-    from confrere.data.options import DataOptions
 
-    found = check(path, DataOptions(**override({}, overrides or []).get("data", {})))
+    experiment = validate(override({"path": str(path)}, overrides or []))
+    found = check(path, experiment.data, seed=experiment.split_seed)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
@@ -191,13 +194,16 @@ def data_get(
     """Fetch a public data set (needs internet)."""
     from confrere.data.download import get
 
-    _say(f"Data: [bold]{get(name, out, endpoint=endpoint)}[/]")
+    _say("Data: ", get(name, out, endpoint=endpoint))
 
 
 def main() -> None:
     """Run the command line; errors are one message and a meaningful exit code, never a traceback."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets question marks
     try:
         app()
     except ConfrereError as error:
@@ -218,25 +224,26 @@ def main() -> None:
         )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        typer.echo("confrere: interrupted; `confrere resume RUN` continues", err=True)
+        hint = "`confrere resume RUN` continues a run, the same command a comparison"
+        typer.echo(f"confrere: interrupted; {hint}", err=True)
         raise SystemExit(130) from None
 
 
 def _run(path: Path, out: Path, values: dict[str, Any], overrides: list[str], *, quiet: bool = False) -> None:
     from confrere.config import override, validate
+    from confrere.record.run import Run
 
+    _check_places(path, out)
+    experiment = validate(override({**values, "path": str(path.resolve())}, overrides))
+    Run(out).make_new()
+    _carry_out(experiment, out, quiet=quiet)
+
+
+def _check_places(path: Path, out: Path) -> None:
     if not path.exists():
         raise ConfigError("no such file or folder", where=str(path), fix="give a folder of sites, a CSV or a TOML file")
-    experiment = validate(override({**values, "path": str(path.resolve())}, overrides))
-    target, source = out.resolve(), path.resolve()
-    if source.is_dir() and target.is_relative_to(source):
+    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
         raise ConfigError("the run would be written into the data", where="--out", fix="choose a place outside PATH")
-    if (out / "experiment.toml").exists():
-        raise RunError("a run is already there", where=str(out), fix=f"confrere resume {out}, or another --out")
-    leftovers = {"splits.csv", "machine.json", "federation.json", ".lock", ".lock-holder"}
-    if out.is_file() or (out.is_dir() and {p.name for p in out.iterdir()} - leftovers):
-        raise RunError("the directory is not empty", where=str(out), fix="choose a new --out")
-    _carry_out(experiment, out, quiet=quiet)
 
 
 def _carry_out(experiment: Any, out: Path, *, quiet: bool) -> None:
@@ -259,7 +266,7 @@ def _carry_out(experiment: Any, out: Path, *, quiet: bool) -> None:
         for by in found["sites"].values():
             for entry in by.values():
                 _say(f"  {entry['sentence']}")
-        _say(f"[bold]{found['headline']}[/]")
+        _say("", found["headline"])
     if not quiet:
         _report(out, quiet=quiet)
 
@@ -269,22 +276,16 @@ def _report(out: Path, *, quiet: bool) -> None:
 
     path = write_report(out)
     if not quiet:
-        _say(f"Report: [bold]{path}[/]")
+        _say("Report: ", path)
 
 
-def _table(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+def _list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    from confrere.listing import table
+
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
-        return
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=column in ("name", "needs"), overflow="fold")
-    for row in rows:
-        cells = (row[column] for column in columns)
-        table.add_row(*(", ".join(c) if isinstance(c, list) else str(c if c is not None else "") for c in cells))
-    _console().print(table)
+    else:
+        _console().print(table(rows, columns))
 
 
 def _console() -> Any:
@@ -293,5 +294,7 @@ def _console() -> Any:
     return Console(highlight=False)
 
 
-def _say(text: str) -> None:
-    _console().print(text, soft_wrap=True)
+def _say(text: str, bold: object = "") -> None:
+    from rich.text import Text  # as it is: a path may hold what rich takes for markup
+
+    _console().print(Text.assemble(text, (str(bold), "bold")), soft_wrap=True)

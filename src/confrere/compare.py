@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from confrere.config import Experiment
+from confrere.config import Experiment, read, validate
 from confrere.errors import ConfigError, RunError
 from confrere.job import run_experiment
 from confrere.method import METHODS
@@ -46,11 +46,14 @@ def compare(
         jobs: runs at a time, each in its own process with ``experiment.threads`` threads.
 
     Raises:
-        ConfigError: unknown method, no seed. RunError: a run failed.
+        ConfigError: unknown method, no seed. RunError: a run failed, or ``out`` holds runs of another experiment.
     """
     if not methods or not seeds or len(set(seeds)) != len(seeds) or len(set(methods)) != len(methods):
         raise ConfigError("give methods and seeds, each once", fix="--methods fedopal,local --seeds 0,1,2")
     every = [(experiment.for_method(name, seed=seed), folder(out, name, seed)) for seed in seeds for name in methods]
+    for one, path in every:
+        if (path / "experiment.toml").exists() and validate(read(path / "experiment.toml")) != one:
+            raise RunError("a run of another experiment is there", where=str(path), fix="choose another --out")
     todo = [(one, path) for one, path in every if not (path / "results.json").exists()]
     notify({"event": "runs", "total": len(every), "done": len(every) - len(todo)})
     if jobs == 1:
@@ -179,17 +182,21 @@ def _in_processes(todo: Sequence[tuple[Experiment, Path]], jobs: int, notify: No
                 experiment, path = waiting.pop(0)
                 plan = path.parent / f"{path.name}.toml"
                 write_bytes(plan, experiment.toml().encode())
+                begun = (path / "experiment.toml").exists()
+                verb = ["resume", str(path), "--quiet"] if begun else ["run", str(plan), "--out", str(path), "--quiet"]
                 notify({"event": "run", "path": path})
-                command = [sys.executable, "-m", "confrere", "run", str(plan), "--out", str(path), "--quiet"]
+                command = [sys.executable, "-m", "confrere", *verb]
                 running[path] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             for path, process in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[path]
+                _, errors = process.communicate()
                 if process.returncode:
-                    raise RunError(str(process.communicate()[1]).strip() or "a run failed", where=str(path))
+                    raise RunError(errors.strip() or "a run failed", where=str(path))
                 notify({"event": "run-done", "path": path})
             time.sleep(0.2)
     finally:
         for process in running.values():
             process.terminate()
+            process.communicate()

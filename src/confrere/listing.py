@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from confrere import methods as _methods  # noqa: F401  fills the registry
 from confrere.adapters import head
 from confrere.backbones import REGISTRY
 from confrere.method import METHODS, Method
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -30,6 +34,19 @@ def backbone_rows() -> list[dict[str, Any]]:
         }
         for e in REGISTRY.values()
     ]
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
+    """Return rows as a table for a terminal."""
+    from rich.table import Table
+
+    drawn = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        drawn.add_column(column, no_wrap=column in ("name", "needs"), overflow="fold")
+    for row in rows:
+        cells = (row[column] for column in columns)
+        drawn.add_row(*(", ".join(c) if isinstance(c, list) else str(c if c is not None else "") for c in cells))
+    return drawn
 
 
 def describe_method(method: Method) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from confrere.adapters import lora
@@ -37,7 +38,7 @@ class Predictor:
         self.info = read_json(folder / "head.json")
         self.classes: list[str] = self.info["classes"]
         adapter = import_(folder / "merged", slot="general", scale=self.info["scale"])
-        self.params: Tensors = {**adapter, **load_file(folder / "head.safetensors")}
+        self.params: Tensors = {**adapter, **_head(folder / "head.safetensors")}
         self.backbone: Backbone = load(
             str(read(run / "experiment.toml").get("backbone", {}).get("name", self.info["backbone"])),
             lora=lora.LoraSpec(
@@ -75,6 +76,13 @@ class Predictor:
         pair = Image.fromarray(np.concatenate([image, mixed], axis=1))
         pair.resize((pair.width * scale, pair.height * scale), Image.Resampling.BICUBIC).save(buffer, format="PNG")
         return buffer.getvalue()
+
+
+def _head(path: Path) -> Tensors:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError("the head is missing or damaged", where=str(path), fix="put the exported file back") from error
 
 
 def image_files(source: Path) -> list[Path]:
@@ -132,4 +140,4 @@ def _csv(names: Sequence[str], rows: Sequence[np.ndarray], classes: Sequence[str
     writer.writerow(["file", "predicted", *classes])
     for name, row in zip(names, rows, strict=True):
         writer.writerow([name, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")  # file names need not be UTF-8

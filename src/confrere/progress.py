@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Notify = Callable[[dict[str, Any]], None]
@@ -79,7 +80,8 @@ class _Show:
             self.console.print(f"{event['site']}: frozen blocks computed for {event['total']} images")
 
     def _failure(self, event: dict[str, Any]) -> None:
-        self.console.print(f"[yellow]round {event['round']}: {event['site']} gave no update:[/] {event['reason']}")
+        who = f"{event['site']} gave no update" if event["site"] else "the server stays as it was"
+        self.console.print(f"[yellow]round {event['round']}: {who}:[/] {escape(event['reason'])}")
 
     def _round(self, event: dict[str, Any]) -> None:
         self.bars.update(self.tasks["rounds"], completed=event["round"])

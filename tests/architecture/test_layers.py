@@ -42,7 +42,7 @@ HOMES = {
     "typer": {"cli.py"},
     "flwr": set(),
 }
-FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN = {"yaml", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "os.system"}
 # What a method may know: its own tensors, and what `update` is given.
 OF_METHODS = {"tensors", "adapters", "method", "errors", "learner", "methods"}
@@ -118,3 +118,44 @@ def test_a_method_knows_no_engine(path: Path) -> None:
 
 def test_every_module_has_a_row() -> None:
     assert {unit(path) for path in FILES} == set(ROW)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_dangerous_libraries_go_by_the_name_that_is_searched_for(path: Path) -> None:
+    """``import torch as t; t.load(f)`` and ``from numpy import load`` would pass the test above."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in {"torch", "numpy", "os"}:
+                    assert alias.asname == {"numpy": "np"}.get(alias.name), f"{path.name}:{node.lineno}"
+        elif isinstance(node, ast.ImportFrom) and node.module in {"torch", "numpy", "os", "builtins"}:
+            taken = {alias.name for alias in node.names}
+            assert not taken & {"load", "system", "eval", "exec"}, f"{path.name}:{node.lineno}"
+        elif isinstance(node, ast.keyword):
+            assert not (node.arg == "shell" and ast.unparse(node.value) != "False"), f"{path.name}: shell"
+            assert not (node.arg == "weights_only" and ast.unparse(node.value) == "False"), f"{path.name}: unpickles"
+
+
+def test_the_rules_notice_what_breaks_them(tmp_path: Path) -> None:
+    """A test of the tests: what they must find, they find."""
+    bad = tmp_path / "bad.py"
+    bad.write_text("import pickle\nfrom torch import load\nfrom confrere.cli import main\nimport peft.utils as p\n")
+    found = {name for name, _ in imports(bad)}
+    assert {"pickle", "torch.load", "confrere.cli", "confrere.cli.main", "peft.utils"} <= found
+    bad.write_text("from . import x\n")
+    with pytest.raises(AssertionError, match="in full"):
+        list(imports(bad))
+    bad.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pickle\n")
+    assert "pickle" not in {name for name, _ in imports(bad)}
+    bad.write_text("def f(x):\n    assert x\n")
+    with pytest.raises(AssertionError, match="teaches"):
+        test_no_unsafe_call_and_no_assert(bad)
+    for line in ("eval('1')", "torch.load(f)", "np.load(f)", "np.load(f, allow_pickle=True)", "yaml.load(f)"):
+        bad.write_text(line + "\n")
+        with pytest.raises(AssertionError):
+            test_no_unsafe_call_and_no_assert(bad)
+    for line in ("import torch as t", "from numpy import load", "run(x, shell=True)"):
+        bad.write_text(line + "\n")
+        with pytest.raises(AssertionError):
+            test_dangerous_libraries_go_by_the_name_that_is_searched_for(bad)

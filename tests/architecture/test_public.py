@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -23,6 +24,23 @@ HELP = (
     "from confrere.cli import main\n"
     "with contextlib.suppress(SystemExit): main()"
 )
+
+
+def test_public_names_are_those_that_are_declared() -> None:
+    """``__all__``, the table of homes and the imports for type checkers name the same things."""
+    assert set(confrere.__all__) == set(confrere._HOMES)
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    typed = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {name: f"confrere.{home}" for name, home in confrere._HOMES.items()}
+    for name, home in confrere._HOMES.items():
+        assert getattr(confrere, name) is getattr(importlib.import_module(f"confrere.{home}"), name)
 
 
 def test_public_names_are_sorted_and_there() -> None:

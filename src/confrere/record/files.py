@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -65,7 +66,8 @@ def read_json(path: Path) -> Any:
 
 def write_state(path: Path, state: State, meta: Mapping[str, Any]) -> None:
     """Write ``state`` as safetensors with ``group/name`` keys, JSON ``meta`` and a digest over both."""
-    flat = {key: value.contiguous() for key, value in flatten(state).items()}
+    # Copies, because a method may keep the very tensor it sends and safetensors refuses shared memory.
+    flat = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in flatten(state).items()}
     header = {"confrere": json.dumps({"meta": meta, "digest": _digest(state, meta)}, sort_keys=True)}
     write_bytes(path, save(flat, header))
 

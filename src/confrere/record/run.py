@@ -16,6 +16,10 @@ from confrere.record.files import read_state, write_bytes, write_state
 from confrere.record.store import DirectoryStore
 from confrere.tensors import State
 
+LOCKS = {".lock", ".lock-holder"}
+BEFORE_TRAINING = ("experiment.toml", "splits.csv", "machine.json", "federation.json")
+"""What stands in a run directory before its backbone is loaded."""
+
 
 class Run:
     """Events, server states and site states of one training of one method.
@@ -34,17 +38,42 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the directory for this process and sweep torn writes; RunError names the process that holds it."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        holder = self.path / ".lock-holder"
+        holder, lock = self.path / ".lock-holder", FileLock(self.path / ".lock", timeout=0)
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                holder.write_text(f"process {os.getpid()}", encoding="utf-8")
-                for torn in self.path.rglob(".tmp-*"):  # what a killed process was writing
-                    torn.unlink()
-                yield
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock.acquire()
+            holder.write_text(f"process {os.getpid()}", encoding="utf-8")
+            for torn in self.path.rglob(".tmp-*"):  # what a killed process was writing
+                torn.unlink()
         except Timeout:
             who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
             raise RunError(f"{who} is using this run", where=str(self.path), fix="wait for it, or stop it") from None
+        except OSError as error:
+            lock.release()
+            what = f"the directory cannot be written: {error.strerror}"
+            raise RunError(what, where=str(self.path), fix="mend it, or choose another --out") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def make_new(self) -> None:
+        """Make sure that a new run can begin here; what a start that failed before training left is removed.
+
+        Raises:
+            RunError: a run, or something else, is there.
+        """
+        if (self.path / "backbone.json").exists():
+            fix = f"confrere resume {self.path}, or another --out"
+            raise RunError("a run is already there", where=str(self.path), fix=fix)
+        found = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+        foreign = {name for name in found - {*LOCKS, *BEFORE_TRAINING} if not name.startswith(".tmp-")}
+        if self.path.is_file() or foreign or (found and not found & LOCKS):
+            raise RunError("the directory is not empty", where=str(self.path), fix="choose a new --out")
+        if found:
+            with self.lock():
+                for name in BEFORE_TRAINING:
+                    (self.path / name).unlink(missing_ok=True)
 
     def events(self) -> list[dict[str, Any]]:
         """Return the journal; a last line cut short by a crash is left out."""
@@ -54,8 +83,8 @@ class Run:
         events = []
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is a torn write
             try:
-                events.append(json.loads(line))
-            except ValueError as error:
+                events.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
                 raise RunError(
                     "a line of the journal is damaged",
                     where=f"{self.events_file}, line {number}",

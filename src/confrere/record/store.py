@@ -56,7 +56,7 @@ class DirectoryStore:
 
     def before(self, round_: int) -> State | None:
         """Return the newest state written for a round strictly before ``round_``."""
-        rounds = [int(f.stem) for f in self.folder.glob("[0-9]*.safetensors") if int(f.stem) < round_]
+        rounds = [n for f in self.folder.glob("*.safetensors") if f.stem.isdecimal() and (n := int(f.stem)) < round_]
         return self._read(max(rounds))[0] if rounds else None
 
     def reply(self, round_: int) -> Reply | None:
