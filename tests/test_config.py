@@ -83,7 +83,6 @@ def test_an_experiment_survives_toml(values: dict[str, object]) -> None:
         ({"path": "x", "method": {"normalise": 1}}, r"expected bool, got 1"),
         ({"path": "x", "method": {"head": "mine"}}, "use one of: shared, local"),
         ({"path": "x", "method": {"name": "fedit-ft", "finetune": 1}}, r"method\.finetune"),
-        ({"path": "x", "method": "pooled", "federation": {"min_replies": 2}}, "one site"),
     ],
 )
 def test_mistakes_name_the_key_and_the_way_out(values: dict[str, object], message: str) -> None:
@@ -145,14 +144,12 @@ def test_an_experiment_does_not_change() -> None:
 
 
 # What follows fails after the main run has been trained, where it could have been refused before.
-@pytest.mark.xfail(strict=True, raises=ConfigError, reason="the default control `pooled` refuses the run's min_replies")
 def test_a_quorum_and_the_default_controls_go_together() -> None:
     experiment = validate({"path": "x", "federation": {"min_replies": 2}})
     for name in experiment.controls:
         experiment.for_method(name)
 
 
-@pytest.mark.xfail(strict=True, reason="the rank is not checked against the controls' adapters")
 def test_a_rank_that_a_control_cannot_divide_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="even rank"):
         validate({"path": "x", "method": "fedit", "controls": ["fedopal"], "adapter": {"rank": 5}})
@@ -164,7 +161,6 @@ def test_a_misspelt_key_of_a_partition_names_the_nearest() -> None:
         validate({"path": "x", "data": {"partition": {"by": "attribute", "colum": "hospital"}}})
 
 
-@pytest.mark.xfail(strict=True, reason="data.image_size has no range: the run fails on 'the image cache changed'")
 def test_an_image_size_below_one_pixel_is_refused() -> None:
     with pytest.raises(ConfigError, match="image_size"):
         validate({"path": "x", "data": {"image_size": (0, -3)}})

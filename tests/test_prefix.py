@@ -41,6 +41,14 @@ def test_cached_tokens_equal_computed_ones_and_are_reused(tmp_path: Path) -> Non
     assert np.array_equal(second.tokens[np.arange(5)], expected)
 
 
+def test_a_cache_cut_short_is_written_anew(tmp_path: Path) -> None:
+    whole = tokens(tiny_backbone(), site(), CLASSES, tmp_path).tokens[np.arange(5)]
+    (file,) = tmp_path.iterdir()
+    for length in (0, 40, file.stat().st_size - 1):
+        file.write_bytes(file.read_bytes()[:length])
+        assert np.array_equal(tokens(tiny_backbone(), site(), CLASSES, tmp_path).tokens[np.arange(5)], whole)
+
+
 def test_other_images_another_cut_or_size_have_another_key(tmp_path: Path) -> None:
     tokens(tiny_backbone(), site(), CLASSES, tmp_path)
     tokens(tiny_backbone(), site(first=9), CLASSES, tmp_path)

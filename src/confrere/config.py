@@ -113,17 +113,14 @@ class Experiment(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        for name in self.controls:
-            make(name)
-        method = self.build_method()
-        if self.adapter.rank % len(method.slots):
+        for method in (self.build_method(), *map(make, self.controls)):
+            if not self.adapter.rank % len(method.slots):
+                continue
             raise ConfigError(
-                f"rank {self.adapter.rank} cannot be divided among {len(method.slots)} adapters",
+                f"rank {self.adapter.rank} cannot be divided among {len(method.slots)} adapters of {method.name}",
                 where="adapter.rank",
                 fix="use an even rank",
             )
-        if self.federation.min_replies > 1 and method.pools:
-            raise ConfigError("pooled training has one site", where="federation.min_replies", fix="use 1")
         return self
 
     def build_method(self) -> Method:
@@ -173,7 +170,7 @@ def read(path: Path) -> dict[str, Any]:
     """Return the values of a TOML file; ConfigError names line and column of a mistake."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not valid TOML: {error}", where=str(path), fix="mend this line") from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None

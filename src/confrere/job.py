@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from confrere.adapters import head, lora
-from confrere.backbones import REGISTRY, Backbone, load
+from confrere.backbones import REGISTRY, Backbone, default_size, load
 from confrere.config import Experiment, read, validate
 from confrere.data.federation import Federation, load_federation
 from confrere.errors import ConfigError, RunError
@@ -76,7 +76,7 @@ def run_experiment(experiment: Experiment, out: Path, *, notify: Notify = lambda
 def open_data(experiment: Experiment, out: Path) -> Federation:
     """Return the federation of an experiment with the split of ``out`` (written there the first time)."""
     spec = experiment.backbone
-    size = experiment.data.image_size or _image_size(spec.name, spec.image_size)
+    size = experiment.data.image_size or default_size(spec.name, spec.image_size)
     federation = load_federation(
         Path(experiment.path),
         options=experiment.data,
@@ -89,6 +89,14 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
         federation.site(experiment.hold_out)  # DataError names the sites when there is none of this name
         if len(federation.sites) < 2:
             raise ConfigError("the only site cannot be held out", where="hold_out", fix="leave it out")
+    trainers = len(federation.sites) - (experiment.hold_out is not None)
+    asked = max(1, round(experiment.federation.fraction * trainers))
+    if experiment.federation.min_replies > asked:
+        raise ConfigError(
+            f"{experiment.federation.min_replies} replies are needed, but only {asked} sites are asked a round",
+            where="federation.min_replies",
+            fix=f"use at most {asked}",
+        )
     return federation
 
 
@@ -128,7 +136,7 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
         rounds=experiment.rounds,
         seed=experiment.seed,
         fraction=experiment.federation.fraction,
-        min_replies=experiment.federation.min_replies,
+        min_replies=1 if method.pools else experiment.federation.min_replies,
         every=experiment.selection.every,
         patience=experiment.selection.patience,
         train=(POOLED,) if method.pools else tuple(task.training_sites),
@@ -277,13 +285,6 @@ def _write_once(out: Path, experiment: Experiment, federation: Federation) -> No
         write_bytes(out / "experiment.toml", experiment.toml().encode())
     elif read_json(out / "federation.json")["digest"] != federation.digest:
         raise RunError("the data changed since this run began", where=str(out), fix="start a new run")
-
-
-def _image_size(name: str, side: int | None) -> tuple[int, int]:
-    if side is not None:
-        return side, side
-    known = REGISTRY.get(name)
-    return (known.input_size if known else None) or (224, 224)
 
 
 def _summary(sites: Mapping[str, Any], model: str) -> dict[str, Any] | None:

@@ -62,9 +62,10 @@ def tokens(
     """
     key = derive(0, "prefix", backbone.prefix_digest, *site.digests)
     path = cache / f"tokens-{key:016x}.npy"
-    if not path.exists():
+    kept = _kept(path, len(site.labels))
+    if kept is None:
         _compute(backbone, site, path, progress)
-    kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        kept = np.load(path, mmap_mode="r", allow_pickle=False)
     return TokenSet(tokens=kept, labels=site.labels, groups=site.groups, split=site.split, classes=classes)
 
 
@@ -78,6 +79,15 @@ def join(sets: Sequence[TokenSet]) -> TokenSet:
         split=np.concatenate([s.split for s in sets]),
         classes=first.classes,
     )
+
+
+def _kept(path: Path, rows: int) -> np.ndarray | None:
+    """Return a whole array of the cache, None when it is absent or cut short (it is then written anew)."""
+    try:
+        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return kept if len(kept) == rows else None
 
 
 def _compute(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from confrere.backbones.registry import REGISTRY, Entry, entry, names
+from confrere.backbones.registry import REGISTRY, Entry, default_size, entry, names
 
 if TYPE_CHECKING:
     from confrere.backbones.backbone import Backbone
     from confrere.backbones.loading import load
 
-__all__ = ["REGISTRY", "Backbone", "Entry", "entry", "load", "names"]
+__all__ = ["REGISTRY", "Backbone", "Entry", "default_size", "entry", "load", "names"]
 
 _LAZY = {"Backbone": "confrere.backbones.backbone", "load": "confrere.backbones.loading"}
 

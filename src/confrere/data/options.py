@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Side = Annotated[int, Field(ge=8, le=2048)]  # pixels
 
 
 class Partition(BaseModel):
@@ -46,7 +48,7 @@ class DataOptions(BaseModel):
 
     val: float = Field(default=0.15, ge=0, le=0.5)
     test: float = Field(default=0.2, ge=0, le=0.6)
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Side, Side] | None = None
     max_pixels: int = Field(default=50_000_000, ge=1)
     min_per_class: int = Field(default=3, ge=1)
     on_bad: Literal["skip", "stop"] = "skip"
