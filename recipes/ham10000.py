@@ -1,10 +1,13 @@
-"""HAM10000 at its four real sites: every method of the first release and its controls, three seeds.
+"""HAM10000 at its four real sites: every method of the first release, its controls and variants, three seeds.
 
     python recipes/ham10000.py DATA --out results/ham10000 --jobs 2 --page docs/results/ham10000.md
 
 DATA holds ``images_200x150.zip`` (or a folder of ``*.jpg``) and ``metadata.csv`` with the columns image_id,
 lesion_id, dx and site. Splits are by lesion; rounds are chosen by validation data; test images are examined once
 at the end of each run. A comparison that was stopped continues where it was.
+
+Two comparisons: ``methods`` sets FedOPAL beside its controls; ``variants`` sets FedOPAL's own choices side by side
+in shorter runs on smaller images.
 """
 
 from __future__ import annotations
@@ -18,20 +21,29 @@ from typing import Any
 import torch
 
 from confrere.compare import compare
-from confrere.config import validate
+from confrere.config import override, validate
 from confrere.errors import DataError
 from confrere.progress import progress
 from confrere.report import write_report
 
 METHODS = ("fedopal", "fedopal:head=local", "dual", "fedit-ft", "fedit", "local", "pooled")
+VARIANTS = (
+    "fedopal",
+    *(f"fedopal:regulariser={name}" for name in ("W-A1", "W-A2", "W-D", "R-cos", "R-feat")),
+    *(f"fedopal:routing={name}" for name in ("personal_only", "general_only")),
+    *(f"fedopal:aggregation={name}" for name in ("ffa", "svd")),
+    "dual",
+)
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {
-    "rounds": 10,
     "threads": 1,
     "controls": [],
-    "backbone": {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 70},
-    "train": {"steps": 10, "batch_size": 16, "lr": 3e-3},
-    "selection": {"every": 2},
+    "backbone": {"name": "dinov2-small-imgfocus", "depth": 8},
+    "train": {"batch_size": 16, "lr": 1e-3},
+}
+COMPARISONS: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "methods": (METHODS, ["rounds=16", "train.steps=20", "selection.every=4", "backbone.image_size=98"]),
+    "variants": (VARIANTS, ["rounds=12", "train.steps=10", "selection.every=4", "backbone.image_size=70"]),
 }
 
 
@@ -72,18 +84,9 @@ def interval(value: dict[str, Any] | None, prefix: str = "") -> str:
     return f"{value[key]:.3f}" + (f" ({low:.3f} to {high:.3f})" if low is not None else "")
 
 
-def page(found: dict[str, Any], command: str) -> str:
-    """Return the results page in Markdown; every number comes from comparison.json."""
-    machine = found["machine"]
+def scores(found: dict[str, Any]) -> list[str]:
+    """Return the table of one comparison; every number comes from comparison.json."""
     lines = [
-        "# HAM10000, four real sites",
-        "",
-        f"Command: `{command}`. Date {found['date']}; {machine['cores']} cores ({machine['cpu_capability']}), "
-        f"one thread a run, torch {machine['torch']}, confrere {machine['confrere']}. "
-        f"Seeds {', '.join(map(str, found['seeds']))}; one split by lesion for all. "
-        "Mean over sites of the balanced accuracy of each site's own test images, then mean and 95 % Student t "
-        "interval over seeds.",
-        "",
         "| method | balanced accuracy | worst site | AUROC | macro F1 | ECE | general model alone | "
         "overlap B | overlap A | kB a round, all sites |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -102,27 +105,61 @@ def page(found: dict[str, Any], command: str) -> str:
             f"{m['bytes_per_round'] / 1000:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def by_site(found: dict[str, Any]) -> list[str]:
+    """Return the balanced accuracy of every method at every site."""
     sites = sorted(found["methods"][0]["sites"])
-    lines += [
+    lines = ["| method | " + " | ".join(sites) + " |", "|---" * (len(sites) + 1) + "|"]
+    for m in found["methods"]:
+        lines.append(f"| `{m['name']}` | " + " | ".join(interval(m["sites"][s]) for s in sites) + " |")
+    return lines
+
+
+def paired(found: dict[str, Any]) -> list[str]:
+    """Return the gains of the first method over each other one, in points, with interval and adjusted p."""
+    sites = sorted(found["methods"][0]["sites"])
+    lines = ["| compared with | " + " | ".join(sites) + " |", "|---" * (len(sites) + 1) + "|"]
+    for m in found["methods"][1:]:
+        of = {p["site"]: p for p in found["pairs"] if p["b"] == m["name"]}
+        lines.append(f"| `{m['name']}` | " + " | ".join(gain(of.get(s)) for s in sites) + " |")
+    return lines
+
+
+def gain(pair: dict[str, Any] | None) -> str:
+    """Return ``+4.1 (-2.0 to +9.9), p 0.21``."""
+    if pair is None or pair["p_holm"] is None or pair["low"] is None:
+        return "-"
+    difference, low, high = (100 * pair[key] for key in ("gain", "low", "high"))
+    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}), p {pair['p_holm']:.2f}"
+
+
+def page(found: dict[str, dict[str, Any]], command: str) -> str:
+    """Return the results page in Markdown."""
+    first = next(iter(found.values()))
+    machine = first["machine"]
+    lines = [
+        "# HAM10000, four real sites",
         "",
-        "Balanced accuracy by site:",
-        "",
-        "| method | " + " | ".join(sites) + " |",
-        "|---" * (len(sites) + 1) + "|",
+        f"Command: `{command}`. Date {first['date']}; {machine['cores']} cores ({machine['cpu_capability']}), "
+        f"one thread a run, torch {machine['torch']}, confrere {machine['confrere']}. "
+        f"Seeds {', '.join(map(str, first['seeds']))}; one split by lesion for all. "
+        "Mean over sites of the balanced accuracy of each site's own test images, then mean and 95 % Student t "
+        "interval over seeds.",
     ]
-    lines += [
-        f"| `{m['name']}` | " + " | ".join(interval(m["sites"][s]) for s in sites) + " |" for m in found["methods"]
-    ]
-    lines += [
-        "",
-        "Paired tests of the first method against each other one (same test lesions, bootstrap over seeds and "
-        "lesions, Holm-adjusted p):",
-        "",
-    ]
-    for pair in found["pairs"]:
-        p = "-" if pair["p_holm"] is None else f"{pair['p_holm']:.3f}"
-        lines.append(f"- {pair['sentence']} (adjusted p {p})")
-    return "\n".join([*lines, "", "The experiment:", "", "```toml", without_path(found["experiment"]), "```", ""])
+    for name, one in found.items():
+        settings = ", ".join(f"`{choice}`" for choice in COMPARISONS[name][1])
+        lines += ["", f"## {name.capitalize()}", "", f"With {settings}.", "", *scores(one)]
+        lines += ["", "Balanced accuracy by site:", "", *by_site(one), ""]
+        lines += [
+            f"Gain of `{one['methods'][0]['name']}` over each other row in points of balanced accuracy (same test "
+            "lesions, bootstrap over seeds and lesions, 95 % interval, Holm-adjusted p):",
+            "",
+            *paired(one),
+        ]
+    experiment = without_path(first["experiment"])
+    return "\n".join([*lines, "", "## The experiment", "", "```toml", experiment, "```", ""])
 
 
 def without_path(experiment: str) -> str:
@@ -135,16 +172,18 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/ham10000"))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--only", choices=list(COMPARISONS), action="append", help="default: both comparisons")
     parser.add_argument("--page", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     table = prepare(args.data, args.out / "data")
-    experiment = validate({**SETTINGS, "path": str(table.resolve())})
-    with progress(quiet=False) as notify:
-        names = args.methods.split(",")
-        found = compare(experiment, names, SEEDS, args.out / "runs", jobs=args.jobs, notify=notify)
-    print(write_report(args.out / "runs"))
+    found = {}
+    for name in args.only or COMPARISONS:
+        methods, settings = COMPARISONS[name]
+        experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, settings))
+        with progress(quiet=False) as notify:
+            found[name] = compare(experiment, methods, SEEDS, args.out / name, jobs=args.jobs, notify=notify)
+        print(write_report(args.out / name))
     if args.page:
         args.page.write_text(page(found, "make ham10000 DATA=/path/to/fed_ham10000"))
 

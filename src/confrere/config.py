@@ -5,10 +5,11 @@ One meaning, three forms: this object, a TOML file, and ``key.path=value`` overr
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -42,6 +43,15 @@ class AdapterChoice(Part):
     targets: str = "qv"
     scale: float = Field(default=2.0, gt=0)
     dropout: float = Field(default=0.05, ge=0, lt=1)
+
+    @field_validator("targets")
+    @classmethod
+    def _regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
 
 
 class TrainChoice(Part):
@@ -82,7 +92,7 @@ class SelectionChoice(Part):
 class Experiment(Part):
     """All choices of one run."""
 
-    path: str
+    path: str = Field(min_length=1)
     method: dict[str, Any] = Field(default={"name": "fedopal"})
     seed: int = Field(default=0, ge=0, lt=2**31)
     split_seed: int = Field(default=0, ge=0, lt=2**31)
@@ -113,6 +123,15 @@ class Experiment(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
+        if len(set(self.controls)) != len(self.controls):
+            raise ConfigError("a control is named twice", where="controls", fix="name each once")
+        # A comparison, which has no controls, may set such a method beside others.
+        if self.hold_out and self.controls and not self.build_method().has_general():
+            raise ConfigError(
+                f"{self.method['name']} makes no general model: a held-out site could not be scored",
+                where="hold_out",
+                fix="use a method that shares its head, or leave hold_out out",
+            )
         for method in (self.build_method(), *map(make, self.controls)):
             if not self.adapter.rank % len(method.slots):
                 continue
@@ -140,6 +159,10 @@ class Experiment(Part):
         own = dict(self.method) if name == self.method["name"] else {}
         method = override({**own, "name": name}, options)
         return validate({**self.model_dump(), "method": method, "controls": (), **changes})
+
+    def choices(self) -> dict[str, Any]:
+        """Return every choice under its dotted key (``experiment.train.lr``), without where the data lie."""
+        return _flat(self.model_dump(mode="json", exclude={"path"}), "experiment")
 
     def toml(self) -> str:
         """Return the experiment as TOML; :func:`read` gives an equal object back."""
@@ -208,7 +231,8 @@ def _valid_keys(where: str) -> str:
     *tables, last = where.split(".")
     model: Any = Experiment
     for table in tables:
-        model = model.model_fields[table].annotation
+        annotation = model.model_fields[table].annotation
+        model = next((t for t in get_args(annotation) if hasattr(t, "model_fields")), annotation)  # of Table | None
     if hasattr(model, "model_fields"):
         everywhere = {last_part: key for key in _all_keys() if (last_part := key.rsplit(".", 1)[-1])}
         if last not in model.model_fields and last in everywhere:
@@ -223,6 +247,12 @@ def _all_keys() -> list[str]:
         inner = getattr(info.annotation, "model_fields", None)
         keys += [f"{name}.{key}" for key in inner] if inner else [name]
     return keys
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {name: leaf for part, inner in value.items() for name, leaf in _flat(inner, f"{key}.{part}").items()}
 
 
 def _without_none(value: Any) -> Any:

@@ -22,7 +22,12 @@ class ConfrereError(Exception):
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
-        super().__init__(what + (f" [{where}]" if where else "") + (f"\n  Fix: {fix}" if fix else ""))
+        super().__init__(self.reason + (f"\n  Fix: {fix}" if fix else ""))
+
+    @property
+    def reason(self) -> str:
+        """What is wrong and where, on one line."""
+        return self.what + (f" [{self.where}]" if self.where else "")
 
 
 class ConfigError(ConfrereError):

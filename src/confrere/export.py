@@ -14,7 +14,7 @@ from confrere.adapters.folder import export
 from confrere.backbones import Backbone
 from confrere.federation.site import Site
 from confrere.method import Method, Request
-from confrere.record.files import write_bytes, write_json
+from confrere.record.files import write_bytes, write_files, write_json
 from confrere.tensors import State, pick
 
 
@@ -41,9 +41,9 @@ def export_adapters(
         params = sites[name].params(request)
         for slot in method.slots:
             chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
-            export(folder / name / slot, chosen, scale=backbone.scale, base_name=base)
+            write_files(folder / name / slot, export(chosen, scale=backbone.scale, base_name=base))
         merged = merge_slots(params, method.slots)
-        export(folder / name / "merged", merged, scale=backbone.scale, base_name=base)
+        write_files(folder / name / "merged", export(merged, scale=backbone.scale, base_name=base))
         write_bytes(folder / name / "head.safetensors", save(pick(params, lambda n: n in head.NAMES)))
         write_json(
             folder / name / "head.json",

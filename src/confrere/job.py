@@ -248,18 +248,18 @@ def check_same(out: Path, *, accept_drift: bool = False) -> Experiment:
     """Return the experiment of a run to resume.
 
     Raises:
-        RunError: no run there, or this machine differs in what bit-identity depends on.
+        RunError: no run there, or machine, packages or experiment differ from what the run began with.
     """
     if not (out / "experiment.toml").exists():
         raise RunError("no run here", where=str(out), fix="give the --out directory of `confrere run`")
     experiment = validate(read(out / "experiment.toml"))
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
-    then, now = read_json(out / "machine.json"), machine()
-    changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+    then, now = read_json(out / "machine.json"), {**machine(), **experiment.choices()}
+    changed = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**now, **then} if then.get(k) != now.get(k)]
     if changed and not accept_drift:
         raise RunError(
-            "the machine or its packages changed since this run began: " + "; ".join(changed),
+            "machine, packages or experiment.toml changed since this run began: " + "; ".join(changed),
             where=str(out),
             fix="restore them, or resume with --accept-drift and give up bit-identity",
         )
@@ -270,7 +270,7 @@ def check_same(out: Path, *, accept_drift: bool = False) -> Experiment:
 
 def _write_once(out: Path, experiment: Experiment, federation: Federation) -> None:
     if not (out / "experiment.toml").exists():
-        write_json(out / "machine.json", machine())
+        write_json(out / "machine.json", {**machine(), **experiment.choices()})
         write_json(
             out / "federation.json",
             {

@@ -170,10 +170,17 @@ class Learner:
 
 
 def predict(backbone: Backbone, params: Tensors, data: TokenSet, rows: np.ndarray, *, batch_size: int = 64) -> Tensor:
-    """Return logits (len(rows), classes) without gradient or dropout."""
+    """Return logits (len(rows), classes) without gradient or dropout.
+
+    Raises:
+        TrainingError: a logit is not finite, which finite but exploded weights can give.
+    """
     with torch.no_grad():
         parts = [
             backbone.logits(params, data.batch(rows[i : i + batch_size]).tokens)
             for i in range(0, len(rows), batch_size)
         ]
-    return torch.cat(parts) if parts else torch.zeros(0, len(data.classes))
+    logits = torch.cat(parts) if parts else torch.zeros(0, len(data.classes))
+    if not torch.isfinite(logits).all():
+        raise TrainingError("what the adapters predict is not finite", fix="lower train.lr")
+    return logits

@@ -9,6 +9,7 @@ that holds only the request and its own disk?
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -138,6 +139,8 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
         default = known[key].default
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             options[key] = float(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{value} is no finite number", where=f"method.{key}", fix=f"the default is {default!r}")
         elif type(value) is not type(default):
             raise ConfigError(
                 f"expected {type(default).__name__}, got {value!r}",

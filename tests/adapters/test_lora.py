@@ -12,6 +12,7 @@ from confrere.adapters import algebra, head, lora
 from confrere.backbones import load
 from confrere.backbones.quiet import quiet
 from confrere.errors import BackboneError, ConfigError
+from confrere.record.files import write_files
 from confrere.seeds import torch_generator
 from confrere.tensors import pick
 
@@ -99,7 +100,7 @@ def test_plain_peft_computes_the_same_from_an_exported_folder(base, tmp_path, wh
     else:
         sent = pick(params, lambda n: lora.slot_of(n) == which)
         active = {n: v if lora.slot_of(n) == which else torch.zeros_like(v) for n, v in params.items()}
-    lora.export(tmp_path / which, sent, scale=backbone.scale, base_name=backbone.name)
+    write_files(tmp_path / which, lora.export(sent, scale=backbone.scale, base_name=backbone.name))
     with torch.no_grad():
         ours = backbone.features(active, backbone.prefix(images))
     theirs = _peft_features(base, tmp_path / which, backbone.normalise(images))
@@ -112,7 +113,7 @@ def test_plain_peft_computes_the_same_from_an_exported_folder(base, tmp_path, wh
 
 def _exported(folder: Path, **changes: object) -> Path:
     tensors = algebra.named({"x": (torch.ones(2, 3), torch.ones(3, 2))}, "s")
-    lora.export(folder, tensors, scale=2.0, base_name="base")
+    write_files(folder, lora.export(tensors, scale=2.0, base_name="base"))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
     return folder
@@ -135,7 +136,7 @@ def test_unequal_ranks_survive_the_round_trip(tmp_path):
     generator = torch_generator(0, "factors")
     factors = {k: (torch.randn(r, 4, generator=generator), torch.ones(5, r)) for k, r in shapes.items()}
     tensors = algebra.named(factors, "personal")
-    lora.export(tmp_path, tensors, scale=1.5, base_name="base")
+    write_files(tmp_path, lora.export(tensors, scale=1.5, base_name="base"))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {"m.z": 3}
     assert config["alpha_pattern"] == {"m.z": 4.5}
@@ -174,4 +175,4 @@ def test_one_slot_is_exported_at_a_time(tmp_path):
     two = {lora.tensor_name("x", "A", s): torch.ones(2, 3) for s in SLOTS}
     for wrong in (two, {}, {"head.weight": torch.ones(2, 3)}):
         with pytest.raises(BackboneError, match="one slot"):
-            lora.export(tmp_path, wrong, scale=1.0, base_name="base")
+            lora.export(wrong, scale=1.0, base_name="base")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -142,6 +143,17 @@ def test_resume_refuses_another_machine_unless_told(confrere: Cli, finished: Pat
         assert "--accept-drift" in text
         confrere("resume", finished, "--accept-drift")
         assert '"event": "drift"' in (finished / "events.jsonl").read_text()
+    finally:
+        file.write_text(original)
+
+
+def test_resume_refuses_an_edited_experiment_unless_told(confrere: Cli, finished: Path) -> None:
+    file = finished / "experiment.toml"
+    original = file.read_text()
+    try:
+        file.write_text(re.sub(r"(?m)^lr = .*", "lr = 0.5", original))
+        text = confrere("resume", finished, code=5)
+        assert re.search(r"experiment\.train\.lr: \S+ then, 0\.5\s+now", text)
     finally:
         file.write_text(original)
 

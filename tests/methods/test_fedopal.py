@@ -152,7 +152,7 @@ def test_svd_aggregation_is_the_best_rank_r_fit_of_the_mean_product() -> None:
         ({"lam": -1.0}, "must not be negative"),
         ({"lam": "x"}, "float"),
         ({"lamda": 1.0}, "did you mean 'lam'"),
-        ({"lam": float("nan")}, "must not be negative"),
+        ({"lam": float("nan")}, "no finite number"),
     ],
 )
 def test_wrong_options_name_the_key_and_the_way_out(options: dict[str, object], message: str) -> None:

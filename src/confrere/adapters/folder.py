@@ -7,7 +7,6 @@ refused.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,11 +33,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def export(folder: Path, tensors: Tensors, *, scale: float, base_name: str) -> None:
-    """Write one slot as a standard PEFT folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+def export(tensors: Tensors, *, scale: float, base_name: str) -> dict[str, bytes]:
+    """Return the files of one slot as a standard PEFT folder, which ``PeftModel.from_pretrained(base, folder)`` loads.
 
     Args:
-        folder: made if needed; its two files are replaced atomically.
         tensors: both factors of every layer of exactly one slot, by canonical name.
         scale: factor on ``B A x``; written as ``lora_alpha = scale * r``.
         base_name: what the adapter belongs to, written as ``base_model_name_or_path``.
@@ -51,17 +49,15 @@ def export(folder: Path, tensors: Tensors, *, scale: float, base_name: str) -> N
     slots = {slot_of(name) for name in tensors}
     if len(slots) != 1 or None in slots:
         raise BackboneError(
-            f"one slot is exported at a time, got {sorted(str(slot) for slot in slots)}", where=folder.name
+            f"one slot is exported at a time, got {sorted(str(slot) for slot in slots)}", where=base_name
         )
     ranks = {str(layer_of(n)): int(t.shape[0]) for n, t in sorted(tensors.items()) if side_of(n) == "A"}
     named = {
         f"{_PREFIX}{layer_of(name)}.lora_{side_of(name)}.weight": value.detach().cpu().contiguous().clone()
         for name, value in sorted(tensors.items())
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
     text = json.dumps(_config(ranks, scale, base_name), indent=2, sort_keys=True)
-    _replace(folder / CONFIG, text.encode())
+    return {WEIGHTS: save(named, metadata={"format": "pt"}), CONFIG: text.encode()}
 
 
 def import_(folder: Path, *, slot: str, scale: float | None = None) -> dict[str, torch.Tensor]:
@@ -149,9 +145,3 @@ def _scale_of(config: Mapping[str, Any], layer: str) -> float:
 
 def _whole(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)

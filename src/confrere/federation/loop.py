@@ -81,22 +81,21 @@ def one_round(
     willing = [s for s in transport.sites() if plan.train is None or s in plan.train]
     cohort = sample(willing, plan.fraction, plan.seed, round_)
     requests = {s: Request(kind="train", round=round_, state=method.broadcast(server, s)) for s in cohort}
-    answers = transport.exchange(requests)
-    failures = sorted((a for a in answers if isinstance(a, Failure)), key=lambda f: f.site)
-    replies = sorted((a for a in answers if isinstance(a, Reply)), key=lambda r: r.site)
+    replies, failures = sorted_answers(transport.exchange(requests))
     if not replies:
-        reasons = "; ".join(f"{f.site}: {f.reason}" for f in failures)
-        raise RunError(f"0 of {len(cohort)} sites answered: {reasons}", where=f"round {round_}")
+        raise RunError(
+            f"0 of {len(cohort)} sites answered: " + "; ".join(f"{f.site}: {f.reason}" for f in failures),
+            where=f"round {round_}",
+            fix="; ".join(dict.fromkeys(f.fix for f in failures if f.fix)),
+        )
     enough = len(replies) >= plan.min_replies
     updated = method.aggregate(server, replies) if enough else server
-    judged = judge(method, updated, transport, plan, round_)
+    judged, unjudged = judge(method, updated, transport, plan, round_)
     after = {r.site: r.metrics["overlap"] for r in judged}
-    events: list[dict[str, Any]] = [
-        {"event": "failure", "round": round_, "site": f.site, "reason": f.reason} for f in failures
-    ]
+    events = [failure(round_, f) for f in [*failures, *unjudged]]
     if not enough:
         reason = f"{len(replies)} of {plan.min_replies} needed replies came: nothing was averaged"
-        events.append({"event": "failure", "round": round_, "site": None, "reason": reason})
+        events.append(failure(round_, Failure("", reason)))
     events.append(
         {
             "event": "round",
@@ -116,14 +115,27 @@ def sample(sites: Sequence[str], fraction: float, seed: int, round_: int) -> lis
     return sorted(sites[i] for i in chosen)
 
 
-def judge(method: Method, server: State, transport: Transport, plan: Plan, round_: int) -> list[Reply]:
-    """Return the sites' validation replies, sorted, in the rounds that are judged."""
+def judge(
+    method: Method, server: State, transport: Transport, plan: Plan, round_: int
+) -> tuple[list[Reply], list[Failure]]:
+    """Return the sites' validation replies and who gave none, both sorted, in the rounds that are judged."""
     if round_ % plan.every and round_ != plan.rounds:
-        return []
+        return [], []
     sites = [s for s in transport.sites() if plan.judge is None or s in plan.judge]
     requests = {s: Request(kind="evaluate", round=round_, state=method.broadcast(server, s)) for s in sites}
-    answers = transport.exchange(requests)
-    return sorted((a for a in answers if isinstance(a, Reply)), key=lambda r: r.site)
+    return sorted_answers(transport.exchange(requests))
+
+
+def sorted_answers(answers: Iterable[Reply | Failure]) -> tuple[list[Reply], list[Failure]]:
+    """Return replies and failures apart, each sorted by site: the order of a sum decides its last bit."""
+    found = sorted(answers, key=lambda a: a.site)
+    return [a for a in found if isinstance(a, Reply)], [a for a in found if isinstance(a, Failure)]
+
+
+def failure(round_: int, failed: Failure) -> dict[str, Any]:
+    """Return the event of a site that gave no answer; an empty site means the server."""
+    reason = "; ".join(part for part in (failed.reason, failed.fix) if part)
+    return {"event": "failure", "round": round_, "site": failed.site or None, "reason": reason}
 
 
 def evaluation(round_: int, replies: Sequence[Reply]) -> dict[str, Any]:

@@ -67,8 +67,9 @@ class Site:
         payload, state = self.method.update(learner, request.state, self._state(request.round))
         check_payload(self.method, self.name, request.round, payload)
         metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
-        sent = {**request.state, **payload}
-        metrics["overlap"] = self._overlap(self.method.personal(sent, state))
+        params = self.method.personal({**request.state, **payload}, state)
+        predict(self.backbone, params, self.data, self._few_rows()[:8])  # refuses what would break the average
+        metrics["overlap"] = self._overlap(params)
         reply = Reply(site=self.name, round=request.round, state=payload, weight=self.weight, metrics=metrics)
         self.store.write(request.round, state, reply)
         # Time is not stored: the same seed leaves the same bytes.
@@ -109,11 +110,12 @@ class Site:
         kept = self.store.before(round_)
         return kept if kept is not None else self.method.init_site(self.initial)
 
-    def _overlap(self, params: Tensors) -> Mapping[str, float | None] | None:
+    def _few_rows(self) -> np.ndarray:
         rows = self.validation_rows()[:32]
-        if not len(rows):
-            rows = self.data.rows("train")[:32]
-        return adapter_overlap(self.backbone, params, self.data.batch(rows).tokens)
+        return rows if len(rows) else self.data.rows("train")[:32]
+
+    def _overlap(self, params: Tensors) -> Mapping[str, float | None] | None:
+        return adapter_overlap(self.backbone, params, self.data.batch(self._few_rows()).tokens)
 
 
 def check_payload(method: Method, site: str, round_: int, payload: State) -> None:

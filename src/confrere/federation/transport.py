@@ -13,10 +13,11 @@ from confrere.method import Reply, Request
 
 @dataclass(frozen=True)
 class Failure:
-    """A site that did not answer, and why."""
+    """A site that did not answer, why, and what would help."""
 
     site: str
     reason: str
+    fix: str = ""
 
 
 class Transport(Protocol):
@@ -47,4 +48,4 @@ class InProcess:
         try:
             return self._sites[name].handle(request)
         except (TrainingError, UpdateRefusedError) as error:
-            return Failure(name, str(error))
+            return Failure(name, error.reason, error.fix)

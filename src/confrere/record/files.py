@@ -49,6 +49,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         ) from error
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write each of ``files`` into ``folder`` as :func:`write_bytes` does."""
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON; NaN is refused."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
