@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_sites
+from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
 
 from confrere.adapters.algebra import pairs, product
 from confrere.errors import RunError
@@ -24,7 +24,7 @@ from confrere.federation.transport import Failure, InProcess
 from confrere.learner import Learner
 from confrere.method import Method, Reply, Request, make
 from confrere.record.run import Run
-from confrere.tensors import State, digest
+from confrere.tensors import State, digest, weighted_mean
 
 
 def start(method: Method) -> State:
@@ -149,6 +149,22 @@ class Absent(InProcess):
             Failure(n, "no answer") if r.kind == "train" and n in self.gone.get(r.round, ()) else self._ask(n, r)
             for n, r in requests.items()
         ]
+
+
+@pytest.mark.parametrize("gone", [(), ("a",), ("b",), ("c",), ("a", "b"), ("a", "c"), ("b", "c")])
+def test_the_aggregate_is_the_mean_of_those_present(tmp_path: Path, gone: tuple[str, ...]) -> None:
+    method = make("fedit")
+    server = start(method)
+    transport = Absent(tiny_sites(method), {1: gone})
+    final = federate(method, server, transport, tiny_plan(method, rounds=1), Run(tmp_path))
+    twins = tiny_sites(method)
+    replies = [
+        twins[n].handle(Request(kind="train", round=1, state=method.broadcast(server, n)))
+        for n in SITES
+        if n not in gone
+    ]
+    expected = weighted_mean([(r.weight, r.state["shared"]) for r in replies])
+    assert digest({"shared": final["shared"]}) == digest({"shared": expected})
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedopal"])
@@ -377,3 +393,10 @@ def test_the_journal_is_strict_json(tmp_path: Path) -> None:
 
     for line in run.events_file.read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_local_training_sends_nothing_and_needs_no_server(tmp_path: Path) -> None:
+    tiny_run(make("local"), tmp_path)
+    for event in Run(tmp_path).events():
+        if event["event"] == "round":
+            assert all(s["sent_bytes"] == s["received_bytes"] == 0 for s in event["sites"].values())

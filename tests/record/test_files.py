@@ -212,3 +212,13 @@ def test_one_tensor_in_two_places_is_written_twice(tmp_path: Path) -> None:
     write_state(tmp_path / "s.safetensors", {"state.private": {"w": one}, "reply.shared": {"w": one}}, {})
     back, _ = read_state(tmp_path / "s.safetensors")
     assert torch.equal(back["state.private"]["w"], back["reply.shared"]["w"])
+
+
+def test_states_survive_bit_for_bit_and_hold_no_clock(tmp_path: Path) -> None:
+    write_state(tmp_path / "a.safetensors", STATE, {"round": 2})
+    write_state(tmp_path / "b.safetensors", STATE, {"round": 2})
+    state, meta = read_state(tmp_path / "a.safetensors")
+    assert digest(state) == digest(STATE)
+    assert meta == {"round": 2}
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o600

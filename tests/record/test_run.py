@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from confrere.errors import RunError
 from confrere.method import Reply
 from confrere.record import files
+from confrere.record.files import write_state
 from confrere.record.run import Run
 from confrere.record.store import DirectoryStore, MemoryStore, Store
 from confrere.tensors import digest
@@ -25,6 +26,7 @@ STATE = {"shared": {"w": torch.ones(2)}}
 HOLD = """
 import sys
 from pathlib import Path
+from confrere.record.files import write_state
 from confrere.record.run import Run
 with Run(Path(sys.argv[1])).lock():
     print("held", flush=True)
@@ -211,3 +213,27 @@ def test_predictions_beside_the_states_are_no_states(tmp_path: Path) -> None:
     state = store.before(9)
     assert state is not None
     assert float(state["private"]["v"]) == 1.0
+
+
+def test_a_round_counts_once_its_line_stands(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    write_state(run.server_file(1), STATE, {"round": 1})
+    assert run.last_round() == 0
+    run.commit(1, STATE, {"event": "round", "round": 1})
+    assert run.last_round() == 1
+    assert digest({k: v for k, v in run.server(1).items() if k in STATE}) == digest(STATE)
+    with pytest.raises(RunError, match="missing"):
+        run.server(7)
+
+
+def test_a_second_user_of_a_run_is_refused(tmp_path: Path) -> None:
+    with (
+        Run(tmp_path).lock(),
+        pytest.raises(RunError, match=f"process {os.getpid()} is using this run"),
+        Run(tmp_path).lock(),
+    ):
+        pass
+    (tmp_path / "sites").mkdir()
+    (tmp_path / "sites" / ".tmp-x").write_bytes(b"torn")
+    with Run(tmp_path).lock():
+        assert not (tmp_path / "sites" / ".tmp-x").exists()
