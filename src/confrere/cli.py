@@ -217,11 +217,10 @@ def main() -> None:
             raise
         # The text of a foreign error may hold file names or data: show only where it came from.
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        typer.echo(f"confrere: internal error {type(error).__name__} [{place}]", err=True)
-        typer.echo(
-            "  Fix: run again with CONFRERE_DEBUG=1 and report what it prints; `confrere resume` continues", err=True
-        )
+        what = error.strerror if isinstance(error, OSError) else f"internal error {type(error).__name__}"
+        typer.echo(f"confrere: {what} [{Path(frame.filename).name}, line {frame.lineno}]", err=True)
+        fix = "run again with CONFRERE_DEBUG=1 and report what it prints; `confrere resume` continues"
+        typer.echo(f"  Fix: {fix}", err=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         hint = "`confrere resume RUN` continues a run, the same command a comparison"

@@ -57,7 +57,7 @@ class AdapterChoice(Part):
 class TrainChoice(Part):
     """Local training in one round; see :class:`confrere.learner.TrainSettings`."""
 
-    lr: float = Field(default=3e-3, gt=0, le=1)
+    lr: float = Field(default=1e-3, gt=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     batch_size: int = Field(default=16, ge=1, le=4096)
     steps: int = Field(default=10, ge=1)

@@ -31,7 +31,7 @@ class TrainSettings:
         clip: largest gradient norm of a step.
     """
 
-    lr: float = 3e-3
+    lr: float = 1e-3
     weight_decay: float = 0.01
     batch_size: int = 16
     steps: int = 10

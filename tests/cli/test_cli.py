@@ -236,6 +236,16 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert "internal error" not in err
 
 
+def test_a_full_disk_behind_the_output_is_named() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "confrere", "methods"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert b"No space left on device" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 def test_wrong_words_are_a_usage_error() -> None:
     code, _, err = real("runn")
     assert code == 2

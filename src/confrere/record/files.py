@@ -45,7 +45,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise RunError(
             f"cannot write {len(content):,} bytes: {error.strerror}",
             where=str(path),
-            fix="free space or mend the permissions, then `confrere resume` the run",
+            fix="free space, mend the permissions or choose another place; a run continues with `confrere resume`",
         ) from error
 
 
