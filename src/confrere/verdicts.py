@@ -10,7 +10,7 @@ import numpy as np
 
 from confrere.errors import RunError
 from confrere.metrics.paired import Run as Predictions
-from confrere.metrics.paired import paired_gain, verdict
+from confrere.metrics.paired import paired_gain, signed, verdict
 from confrere.record.files import read_state
 from confrere.seeds import numpy_generator
 
@@ -67,5 +67,5 @@ def headline(found: Mapping[str, Mapping[str, Any]], control: str = "local") -> 
     return (
         f"Against training alone, joining paid at {paid} of {len(gains)} sites, hurt at {hurt}, and shows no "
         f"evidence either way at {len(gains) - paid - hurt}; the mean change in balanced accuracy is "
-        f"{mean:+.1f} points."
+        f"{signed(mean)} points."
     )

@@ -215,10 +215,10 @@ def _sheet(
             "one patient may be in train and in test."
         )
     if registration.shared_pictures:
-        warnings.append(f"{registration.shared_pictures} pictures occur at more than one site.")
+        warnings.append(f"Pictures that occur at more than one site: {registration.shared_pictures}.")
     if registration.shared_patients:
         warnings.append(
-            f"{registration.shared_patients} patients (by name) occur at more than one site; each counts as "
+            f"Patients (by name) that occur at more than one site: {registration.shared_patients}; each counts as "
             "one person and is in the same split everywhere."
         )
     return {

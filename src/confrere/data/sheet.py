@@ -91,7 +91,7 @@ def class_warnings(sites: Mapping[str, dict[str, Any]], classes: Sequence[str], 
         others = ", ".join(f'"{name}" = "{group[0]}"' for name in group[1:])
         warnings.append(
             f"The classes {' and '.join(repr(name) for name in group)} differ only in spelling and are kept "
-            f"apart; if they are one class, add [class_map] {others}."
+            f"apart; if they are one class, give 'data.class_map={{{others}}}'."
         )
     for name in classes:
         totals = {site: sheet["classes"][name]["total"] for site, sheet in sites.items()}

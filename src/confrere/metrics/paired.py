@@ -171,7 +171,7 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
     if gain["low"] is None:
         return (
             f"At {site}, {people} cannot show whether {subject} helped or harmed compared with {against} "
-            f"(difference in balanced accuracy {_signed(points)} points)."
+            f"(difference in balanced accuracy {signed(points)} points)."
         )
     low, high = 100 * gain["low"], 100 * gain["high"]
     caution = f" Only {people}: read this with caution." if gain["patients"] < FEW_PATIENTS else ""
@@ -189,11 +189,12 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
         )
     return (
         f"At {site}, there is no evidence that {subject} helped or harmed compared with {against} "
-        f"(difference in balanced accuracy {_signed(points)} points, "
-        f"95 % interval {_signed(low)} to {_signed(high)}).{caution}"
+        f"(difference in balanced accuracy {signed(points)} points, "
+        f"95 % interval {signed(low)} to {signed(high)}).{caution}"
     )
 
 
-def _signed(points: float) -> str:
+def signed(points: float) -> str:
+    """Return points with their sign, a true minus, and one decimal; ``0.0`` without one."""
     text = f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
     return "0.0" if text[1:] == "0.0" else text
