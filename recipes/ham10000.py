@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/ham10000"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", choices=list(COMPARISONS), action="append", help="default: both comparisons")
+    parser.add_argument("--methods", help="a,b:key=value instead of those of the comparison")
     parser.add_argument("--page", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,6 +181,7 @@ def main() -> None:
     found = {}
     for name in args.only or COMPARISONS:
         methods, settings = COMPARISONS[name]
+        methods = tuple(args.methods.split(",")) if args.methods else methods
         experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, settings))
         with progress(quiet=False) as notify:
             found[name] = compare(experiment, methods, SEEDS, args.out / name, jobs=args.jobs, notify=notify)

@@ -195,6 +195,14 @@ def test_a_bare_method_name_and_a_label_with_options() -> None:
     assert kept.method == {"name": "fedopal", "lam": 0.1, "head": "local"}
 
 
+def test_options_that_are_not_compared_stay_equal() -> None:
+    base = validate({"path": "x", "method": {"head": "local", "lam": 2.0, "regulariser": "R-cos"}})
+    assert base.for_method("dual").method == {"name": "dual", "head": "local", "lam": 2.0}
+    assert base.for_method("fedit").method == {"name": "fedit"}
+    with pytest.raises(ConfigError, match="no orthogonality term"):
+        validate({"path": "x", "method": {"name": "dual", "regulariser": "R-cos"}})
+
+
 def test_a_file_that_is_no_toml_says_where(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("rounds = 3\nrounds = 4\n")
     with pytest.raises(ConfigError, match="line 2"):

@@ -79,6 +79,24 @@ def held(run: Path) -> tuple[Experiment, Federation]:
     return job, open_data(job, run)
 
 
+def test_a_directory_in_use_is_not_taken_for_another_experiment(runs: dict[str, Path], hospitals: Path) -> None:
+    before = (runs["fedit"] / "results.json").read_bytes()
+    for other in (experiment(hospitals, "fedopal"), experiment(hospitals, "fedit", seed=9)):
+        with pytest.raises(RunError, match="experiment changed"):
+            run_experiment(other, runs["fedit"])
+    run_experiment(experiment(hospitals, "fedit"), runs["fedit"])
+    assert (runs["fedit"] / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("fraction", "sites"), [(1.0, 3), (0.5, 2), (0.1, 1)])
+def test_pooled_training_takes_the_steps_of_all_asked_sites(
+    tmp_path: Path, hospitals: Path, fraction: float, sites: int
+) -> None:
+    job = experiment(hospitals, "pooled", federation={"fraction": fraction})
+    task = prepare(job, open_data(job, tmp_path), lambda event: None)
+    assert make_site(task, "pooled", Run(tmp_path)).settings.steps == sites * job.train.steps
+
+
 def test_every_site_takes_home_the_slots_of_its_method(runs: dict[str, Path]) -> None:
     slots = {"fedopal": ["general", "personal"], "fedit": ["general"], "local": ["personal"]}
     for method in METHODS:

@@ -85,6 +85,18 @@ def test_an_interval_over_seeds_is_students() -> None:
     assert (over["mean"], over["worst"]) == (pytest.approx(0.5), pytest.approx(0.3))
 
 
+def test_words_follow_the_adjusted_p() -> None:
+    found = {"gain": 0.1, "low": 0.02, "high": 0.2, "patients": 50, "seeds": 3, "note": None, "a": "fedopal"}
+    pairs = [{**found, "site": s, "b": "local", "p": p} for s, p in (("x", 0.001), ("y", 0.03), ("z", 0.4))]
+    x, y, z = compare.adjusted(pairs)
+    assert "raised the balanced accuracy" in x["sentence"]
+    assert x["low"] == 0.02
+    for one in (y, z):
+        assert "no evidence" in one["sentence"]
+        assert one["p_holm"] >= 0.05
+        assert one["low"] == 0.0
+
+
 def test_labels_become_folders_and_titles() -> None:
     assert compare.folder(Path("o"), "fedopal:head=local:lam=2.0", 3) == Path(
         "o/runs/fedopal+head=local+lam=2.0/seed-3"

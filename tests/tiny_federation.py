@@ -14,7 +14,7 @@ from confrere.backbones import Backbone, load
 from confrere.federation.loop import Plan, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess, Transport
-from confrere.learner import TokenSet, TrainSettings
+from confrere.learner import Learner, TokenSet, TrainSettings
 from confrere.method import Method
 from confrere.prefix import join
 from confrere.record.run import Run
@@ -59,6 +59,14 @@ def initial_params(backbone: Backbone, method: Method, site: str, rank: int = 4,
         mine = {n: s for n, s in shapes.items() if lora.slot_of(n) == slot}
         params |= lora.init(mine, torch_generator(seed, *address))
     return params | head.init(len(CLASSES), backbone.feature_dim)
+
+
+def tiny_learner(method: Method, site: str) -> Learner:
+    """Return what a method trains with at ``site`` in round 1."""
+    backbone = tiny_backbone(method.slots)
+    settings = TrainSettings(steps=3, batch_size=6)
+    data = tiny_data(backbone, site)
+    return Learner(backbone=backbone, data=data, settings=settings, seed=0, site=site, round=1, rounds=3)
 
 
 def tiny_sites(

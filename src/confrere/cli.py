@@ -89,10 +89,9 @@ def resume(
     quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
 ) -> None:
     """Continue a run that was stopped, to the bytes it would have had."""
-    from confrere.job import check_same
+    from confrere.job import stored_experiment
 
-    experiment = check_same(run, accept_drift=accept_drift)
-    _carry_out(experiment, run, quiet=quiet)
+    _carry_out(stored_experiment(run), run, quiet=quiet, accept_drift=accept_drift)
 
 
 @app.command()
@@ -245,7 +244,7 @@ def _check_places(path: Path, out: Path) -> None:
         raise ConfigError("the run would be written into the data", where="--out", fix="choose a place outside PATH")
 
 
-def _carry_out(experiment: Any, out: Path, *, quiet: bool) -> None:
+def _carry_out(experiment: Any, out: Path, *, quiet: bool, accept_drift: bool = False) -> None:
     from confrere.job import run_experiment
     from confrere.progress import progress
     from confrere.track import trackers
@@ -257,7 +256,7 @@ def _carry_out(experiment: Any, out: Path, *, quiet: bool) -> None:
             track(event)
 
         try:
-            found = run_experiment(experiment, out, notify=both)
+            found = run_experiment(experiment, out, notify=both, accept_drift=accept_drift)
         except KeyboardInterrupt:
             typer.echo(f"interrupted; continue with: confrere resume {out}", err=True)
             raise SystemExit(130) from None

@@ -15,6 +15,7 @@ from confrere.config import Experiment, read, validate
 from confrere.errors import ConfigError, RunError
 from confrere.job import run_experiment
 from confrere.method import METHODS
+from confrere.metrics.bootstrap import LEVEL
 from confrere.metrics.paired import holm, verdict
 from confrere.record.files import read_json, write_bytes, write_json
 from confrere.record.machine import machine
@@ -84,11 +85,9 @@ def summarise(out: Path, methods: Sequence[str], seeds: Sequence[int], experimen
     first = folder(out, methods[0], seeds[0])
     rows = [_row(name, [folder(out, name, s) for s in seeds], seeds) for name in methods]
     pairs = [pair for other in methods[1:] for pair in _pairs(methods[0], other, out, seeds, sorted(rows[0]["sites"]))]
-    for pair, p in zip(pairs, holm([p["p"] for p in pairs]), strict=True):
-        pair["p_holm"] = p
     return {
         "methods": rows,
-        "pairs": pairs,
+        "pairs": adjusted(pairs),
         "seeds": list(seeds),
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -124,9 +123,19 @@ def _pairs(ours: str, theirs: str, out: Path, seeds: Sequence[int], sites: Seque
     for site in sites:
         gain = site_gain([folder(out, ours, s) for s in seeds], [folder(out, theirs, s) for s in seeds], site)
         if gain is not None:
-            sentence = verdict(site, gain, title(theirs), subject=title(ours))
-            pairs.append({"a": ours, "b": theirs, "site": site, **gain, "sentence": sentence})
+            pairs.append({"a": ours, "b": theirs, "site": site, **gain})
     return pairs
+
+
+def adjusted(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the pairs with Holm's p-value and a sentence; words, interval and adjusted p tell one story."""
+    told = []
+    for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
+        one = {**pair, "p_holm": p}
+        if p is not None and p >= 1 - LEVEL:
+            one |= {"low": min(pair["low"], 0.0), "high": max(pair["high"], 0.0)}
+        told.append({**one, "sentence": verdict(pair["site"], one, title(pair["b"]), subject=title(pair["a"]))})
+    return told
 
 
 def _value(result: Mapping[str, Any], site: str, model: str, metric: str) -> float | None:

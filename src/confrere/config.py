@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from confrere import methods as _methods  # noqa: F401  fills the registry of methods
 from confrere.data.options import DataOptions
 from confrere.errors import ConfigError
-from confrere.method import Method, make, nearest
+from confrere.method import Method, defaults, make, nearest
 
 
 class Part(BaseModel):
@@ -152,11 +152,13 @@ class Experiment(Part):
 
         Args:
             label: a method's name, with options after colons: ``fedopal:head=local:lam=1.0``. The options of this
-                experiment's own method are kept for that method.
+                experiment's own method are kept for a method that has them with the same default, so that
+                what is not compared stays equal.
             changes: other keys to change.
         """
         name, *options = label.split(":")
-        own = dict(self.method) if name == self.method["name"] else {}
+        ours, theirs = defaults(str(self.method["name"])), defaults(name)
+        own = {key: value for key, value in self.method.items() if key in theirs and theirs[key] == ours.get(key)}
         method = override({**own, "name": name}, options)
         return validate({**self.model_dump(), "method": method, "controls": (), **changes})
 

@@ -14,9 +14,10 @@ from confrere.adapters import head, lora
 from confrere.backbones import REGISTRY, Backbone, default_size, load
 from confrere.config import Experiment, read, validate
 from confrere.data.federation import Federation, load_federation
+from confrere.data.paths import RESERVED as POOLED
 from confrere.errors import ConfigError, RunError
 from confrere.export import export_adapters
-from confrere.federation.loop import Plan, best_round, federate
+from confrere.federation.loop import Plan, best_round, cohort_size, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import Failure, InProcess
 from confrere.learner import TokenSet, TrainSettings
@@ -31,7 +32,6 @@ from confrere.seeds import torch_generator
 from confrere.tensors import Tensors
 from confrere.verdicts import verdicts
 
-POOLED = "pooled"
 Notify = Callable[[dict[str, Any]], None]
 
 
@@ -51,17 +51,23 @@ class Task:
         return sorted(name for name in self.data if name != self.experiment.hold_out)
 
 
-def run_experiment(experiment: Experiment, out: Path, *, notify: Notify = lambda event: None) -> dict[str, Any]:
+def run_experiment(
+    experiment: Experiment, out: Path, *, notify: Notify = lambda event: None, accept_drift: bool = False
+) -> dict[str, Any]:
     """Run the method and its controls into ``out``; continue what an earlier call left unfinished.
 
     Returns the verdicts (empty without controls). Everything else stands in ``out``.
+
+    Raises:
+        RunError: ``out`` holds a run of another experiment, of other data, or (without ``accept_drift``) one that
+            began with other packages or threads.
     """
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run = Run(out)
     with run.lock():
         federation = open_data(experiment, out)
-        _write_once(out, experiment, federation)
+        _begin(out, experiment, federation, accept_drift=accept_drift)
         notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
         names = [str(experiment.method["name"]), *experiment.controls]
         for name in dict.fromkeys(names):
@@ -90,7 +96,7 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
         if len(federation.sites) < 2:
             raise ConfigError("the only site cannot be held out", where="hold_out", fix="leave it out")
     trainers = len(federation.sites) - (experiment.hold_out is not None)
-    asked = max(1, round(experiment.federation.fraction * trainers))
+    asked = cohort_size(experiment.federation.fraction, trainers)
     if experiment.federation.min_replies > asked:
         raise ConfigError(
             f"{experiment.federation.min_replies} replies are needed, but only {asked} sites are asked a round",
@@ -158,7 +164,8 @@ def make_site(task: Task, name: str, run: Run) -> Site:
     """Return one simulated hospital, or the pooled one."""
     experiment, choice = task.experiment, task.experiment.train
     data = join([task.data[s] for s in task.training_sites]) if name == POOLED else task.data[name]
-    steps = choice.steps * (len(task.training_sites) if name == POOLED else 1)
+    cohort = cohort_size(experiment.federation.fraction, len(task.training_sites))
+    steps = choice.steps * (cohort if name == POOLED else 1)  # as many as all asked sites together
     examples = len(data.rows("train"))
     store = run.store(name)
 
@@ -244,47 +251,41 @@ def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def check_same(out: Path, *, accept_drift: bool = False) -> Experiment:
-    """Return the experiment of a run to resume.
-
-    Raises:
-        RunError: no run there, or machine, packages or experiment differ from what the run began with.
-    """
+def stored_experiment(out: Path) -> Experiment:
+    """Return the experiment of a run to resume; RunError when there is no run."""
     if not (out / "experiment.toml").exists():
         raise RunError("no run here", where=str(out), fix="give the --out directory of `confrere run`")
-    experiment = validate(read(out / "experiment.toml"))
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
-    then, now = read_json(out / "machine.json"), {**machine(), **experiment.choices()}
-    changed = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**now, **then} if then.get(k) != now.get(k)]
-    if changed and not accept_drift:
-        raise RunError(
-            "machine, packages or experiment.toml changed since this run began: " + "; ".join(changed),
-            where=str(out),
-            fix="restore them, or resume with --accept-drift and give up bit-identity",
-        )
-    if changed:
-        Run(out).append({"event": "drift", "changed": changed})
-    return experiment
+    return validate(read(out / "experiment.toml"))
 
 
-def _write_once(out: Path, experiment: Experiment, federation: Federation) -> None:
-    if not (out / "experiment.toml").exists():
-        write_json(out / "machine.json", {**machine(), **experiment.choices()})
-        write_json(
-            out / "federation.json",
-            {
-                "name": federation.name,
-                "synthetic": federation.synthetic,
-                "classes": list(federation.classes),
-                "image_size": list(federation.image_size),
-                "digest": federation.digest,
-                "sheet": federation.sheet,
-            },
-        )
-        write_bytes(out / "experiment.toml", experiment.toml().encode())
-    elif read_json(out / "federation.json")["digest"] != federation.digest:
-        raise RunError("the data changed since this run began", where=str(out), fix="start a new run")
+def _begin(out: Path, experiment: Experiment, federation: Federation, *, accept_drift: bool) -> None:
+    """Write what a run begins with, or refuse one that began with something else."""
+    now = {**machine(), **experiment.choices()}
+    if (out / "experiment.toml").exists():
+        then = read_json(out / "machine.json")
+        changed = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**now, **then} if then.get(k) != now.get(k)]
+        if changed and not accept_drift:
+            raise RunError(
+                "machine, packages or experiment changed since this run began: " + "; ".join(changed),
+                where=str(out),
+                fix="restore them, choose another --out, or resume with --accept-drift and give up bit-identity",
+            )
+        if read_json(out / "federation.json")["digest"] != federation.digest:
+            raise RunError("the data changed since this run began", where=str(out), fix="start a new run")
+        if changed:
+            Run(out).append({"event": "drift", "changed": changed})
+        return
+    write_json(out / "machine.json", now)
+    kept = {
+        "name": federation.name,
+        "synthetic": federation.synthetic,
+        "classes": list(federation.classes),
+        "image_size": list(federation.image_size),
+        "digest": federation.digest,
+        "sheet": federation.sheet,
+    }
+    write_json(out / "federation.json", kept)
+    write_bytes(out / "experiment.toml", experiment.toml().encode())
 
 
 def _summary(sites: Mapping[str, Any], model: str) -> dict[str, Any] | None:

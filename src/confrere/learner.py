@@ -165,8 +165,9 @@ class Learner:
         return objective(name, class_weights(counts.tolist()))
 
     def features(self, params: Tensors, batch: Batch) -> Tensor:
-        """Return pooled features (B, feature_dim) of a batch."""
-        return self.backbone.features(params, batch.tokens)
+        """Return pooled features (B, feature_dim) of a batch, without dropout."""
+        with self.backbone.dropout(None):
+            return self.backbone.features(params, batch.tokens)
 
 
 def predict(backbone: Backbone, params: Tensors, data: TokenSet, rows: np.ndarray, *, batch_size: int = 64) -> Tensor:

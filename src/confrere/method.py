@@ -101,7 +101,7 @@ class Method:
         return {"shared": pick(params, self.shared)}, self.init_site(params)
 
     def may_stop(self, round_: int, rounds: int) -> bool:
-        """Return whether early stopping is allowed after ``round_`` (methods with phases say no)."""
+        """Return whether the judgement of ``round_`` counts for early stopping (methods with phases say no)."""
         return True
 
     def has_general(self) -> bool:
@@ -148,6 +148,11 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
                 fix=f"the default is {default!r}",
             )
     return cls(**options)
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Return the options of a method with their defaults; none for an unknown one, which :func:`make` refuses."""
+    return {f.name: f.default for f in fields(METHODS[name])} if name in METHODS else {}
 
 
 def one_of(where: str, value: str, choices: Sequence[str]) -> None:

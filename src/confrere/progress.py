@@ -36,6 +36,7 @@ class _Show:
     def __init__(self, console: Console, bars: Progress) -> None:
         self.console, self.bars = console, bars
         self.method, self.rounds, self.started = "", 0, time.perf_counter()
+        self.all_started = self.started
         self.total = self.done = self.begun = 0
         self.tasks: dict[str, Any] = {}
 
@@ -51,7 +52,7 @@ class _Show:
         self.tasks = {"rounds": self.bars.add_task(f"{self.method}: rounds", total=self.rounds, note="")}
 
     def _runs(self, event: dict[str, Any]) -> None:
-        self.total, self.done, self.started = event["total"], event["done"], time.perf_counter()
+        self.total, self.done, self.all_started = event["total"], event["done"], time.perf_counter()
         self.begun = event["done"]
 
     def _run(self, event: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ class _Show:
 
     def _run_done(self, event: dict[str, Any]) -> None:
         self.done += 1
-        passed = time.perf_counter() - self.started
+        passed = time.perf_counter() - self.all_started
         left = passed / (self.done - self.begun) * (self.total - self.done)
         self.console.print(
             f"[bold]finished[/]  {event['path'].parent.name}, {event['path'].name}: {self.done} of {self.total}, "

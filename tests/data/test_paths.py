@@ -76,6 +76,11 @@ def test_site_names(name):
         check_site_name(name)
 
 
+def test_no_hospital_is_called_like_the_pooled_control():
+    with pytest.raises(DataError, match="pooled control"):
+        check_site_name("pooled")
+
+
 @pytest.mark.parametrize("name", ["", " ", "x" * 65, "a/b", "a\\b", "=cmd()", "+1", "@x", "a\x07", "a\u202eb"])
 def test_class_names(name):
     with pytest.raises(DataError, match="class name"):

@@ -307,6 +307,13 @@ def test_fine_tuning_is_never_stopped_before_it_began(rounds: int, finetune: flo
         assert not (said and round_ <= shared)
 
 
+def test_judgements_of_the_shared_rounds_do_not_end_fine_tuning() -> None:
+    method = make("fedit-ft")  # 10 rounds: 7 shared
+    plan = tiny_plan(method, rounds=10, patience=2)
+    assert not should_stop(method, judged([0.9] + [0.1] * 7), plan, 8)
+    assert should_stop(method, judged([0.9] + [0.1] * 8), plan, 9)
+
+
 def test_a_run_that_cannot_improve_still_fine_tunes_and_resuming_adds_nothing(tmp_path: Path) -> None:
     method = make("fedit-ft")  # 10 rounds: 7 shared, 3 of fine-tuning
     run = Run(tmp_path)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
+from tiny_federation import (
+    SITES,
+    initial_params,
+    tiny_backbone,
+    tiny_data,
+    tiny_learner,
+    tiny_plan,
+    tiny_run,
+    tiny_sites,
+)
 
 from confrere.adapters.algebra import pairs, product
+from confrere.adapters.orthogonality import penalty
 from confrere.errors import ConfigError
 from confrere.federation.diagnostics import adapter_overlap
 from confrere.federation.loop import federate, sample
@@ -47,6 +58,49 @@ def test_identical_initialisation_degenerates_and_ours_does_not() -> None:
         return float((left - right).norm() / left.norm())
 
     assert gap(ours) > 2 * gap(twins)
+
+
+@pytest.mark.parametrize(("routing", "moved"), [("personal_only", "personal"), ("general_only", "general")])
+def test_r_cos_reaches_one_side_only_through_the_backbone(routing: str, moved: str) -> None:
+    """Inputs of later layers depend on both adapters: they are constants of the penalty."""
+    backbone, method = tiny_backbone(DUAL), make("fedopal")
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        n: (t + 0.1 * torch.randn(t.shape, generator=generator)).requires_grad_()
+        for n, t in initial_params(backbone, method, "a").items()
+    }
+    inputs: dict[str, torch.Tensor] = {}
+    backbone.logits(params, tiny_data(backbone, "a").batch(np.arange(4)).tokens, capture=inputs)
+    term = penalty("R-cos", params, routing=routing, inputs=inputs)
+    gradients = torch.autograd.grad(term, list(params.values()), allow_unused=True)
+    reached = {n.split(".")[-2] for n, g in zip(params, gradients, strict=True) if g is not None and g.abs().max() > 0}
+    assert reached == {moved}
+
+
+def test_r_feat_sees_no_dropout_and_takes_none_of_its_randomness() -> None:
+    """Trap 9: the penalty is of the adapters as they are; other methods' batches keep their masks."""
+    backbone, method = tiny_backbone(DUAL), make("fedopal")
+    learner = tiny_learner(method, "a")
+    batch = next(iter(learner.batches(1, "fit")))
+    params = {n: t + 0.1 for n, t in initial_params(backbone, method, "a").items()}
+    clean = learner.features(params, batch)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    with backbone.dropout(generator):
+        inside = learner.features(params, batch)
+    assert torch.equal(clean, inside)
+    assert torch.equal(before, generator.get_state())
+
+
+def test_products_of_zero_leave_the_factors_alive() -> None:
+    """One step moves no B while the head is zero: factoring that product would set A to zero for ever."""
+    method = make("fedopal", {"aggregation": "svd"})
+    sites = tiny_sites(method, steps=1)
+    server = method.init_server(sites["a"].initial)
+    for round_ in (1, 2, 3):
+        asked = {n: Request(kind="train", round=round_, state=method.broadcast(server, n)) for n in SITES}
+        server = method.aggregate(server, [sites[n].handle(asked[n]) for n in SITES])
+    assert all(a.abs().max() > 0 and b.abs().max() > 0 for a, b in pairs(server["shared"], "general").values())
 
 
 def test_initial_draws_of_general_and_personal_differ_and_personal_by_site() -> None:

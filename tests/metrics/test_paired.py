@@ -83,6 +83,39 @@ def test_disagreeing_seeds_widen_the_interval():
     assert disagree["high"] - disagree["low"] > 2 * (agree["high"] - agree["low"])
 
 
+def seeds_of(generator, patients, labels, skill, n_seeds, bias):
+    """Return one model's runs: the patients' own difficulty, and a bias for classes drawn anew for each seed."""
+    runs = []
+    for _ in range(n_seeds):
+        logits = patients + bias * generator.normal(size=patients.shape[1])
+        logits = logits + 0.3 * generator.normal(size=patients.shape) + skill * np.eye(patients.shape[1])[labels]
+        runs.append((np.exp(logits) / np.exp(logits).sum(1, keepdims=True), labels, np.arange(len(labels))))
+    return runs
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.6])
+def test_methods_that_differ_by_chance_of_training_are_rarely_called_different(bias):
+    called = 0
+    for trial in range(40):
+        g = np.random.default_rng(trial)
+        labels = g.integers(4, size=120)
+        patients = g.normal(size=(120, 4))
+        a, b = (seeds_of(g, patients, labels, 1.0, 3, bias) for _ in range(2))
+        out = gain(zip(a, b, strict=True))
+        assert (out["p"] < 0.05) == (not out["low"] <= 0 <= out["high"])
+        called += out["p"] < 0.05
+    assert called <= 4
+
+
+def test_a_clear_gain_is_found_with_three_seeds():
+    g = np.random.default_rng(0)
+    labels, patients = g.integers(4, size=200), g.normal(size=(200, 4))
+    a, b = (seeds_of(g, patients, labels, skill, 3, 0.2) for skill in (2.5, 0.8))
+    out = gain(zip(a, b, strict=True))
+    assert out["low"] > 0
+    assert out["p"] < 0.02
+
+
 def test_identical_models():
     a, _ = one_run(0)
     out = gain([(a, a)])
@@ -173,8 +206,8 @@ def test_holm_leaves_undefined_ones_out():
     assert holm([]) == []
 
 
-def estimate(value, low, high, *, patients=50, p=0.5, note=None):
-    return {"gain": value, "low": low, "high": high, "p": p, "patients": patients, "seeds": 3, "note": note}
+def estimate(value, low, high, *, patients=50, p=0.5, note=None, seeds=3):
+    return {"gain": value, "low": low, "high": high, "p": p, "patients": patients, "seeds": seeds, "note": note}
 
 
 @pytest.mark.parametrize(
@@ -198,6 +231,13 @@ def estimate(value, low, high, *, patients=50, p=0.5, note=None):
             "At rosendahl, there is no evidence that joining the federation helped or harmed compared with "
             "training on the pooled data of all hospitals (difference in balanced accuracy \N{MINUS SIGN}0.4 "
             "points, 95 % interval \N{MINUS SIGN}5.0 to 0.0).",
+        ),
+        (
+            estimate(0.2, 0.1, 0.3, seeds=1),
+            "local",
+            "At rosendahl, joining the federation raised the balanced accuracy by 20.0 points (95 % interval "
+            "10.0 to 30.0) over training alone: joining paid. One training run: chance between runs is not in the "
+            "interval.",
         ),
         (
             estimate(0.2, 0.1, 0.3, patients=12),

@@ -10,7 +10,8 @@ W-A1     sum of ``|A_g A_k^T|`` (O-LoRA, arXiv 2310.14152)          mean of ``|c
 W-A2     ``||A_g A_k^T||_F^2``; r^2/(9 i) at initialisation         mean of ``cos^2`` between rows
 W-B      ``||B_g^T B_k||_F^2`` (HiLoRA, CVPR 2026)                  mean of ``cos^2`` between columns of B
 W-D      ``<D_g, D_k>^2`` with ``D = B A``                          ``cos^2`` between the products D
-R-cos    mean over tokens of ``cos^2(B_g A_g x, B_k A_k x)``        the same
+R-cos    mean over tokens of ``cos^2(B_g A_g x, B_k A_k x)``, the   the same
+         layer's input x being constant
 R-feat   mean over the batch of ``|cos(f_g(x), f_k(x))|``, f the    the same
          pooled feature with only one adapter active
 =======  =========================================================  ==========================================

@@ -146,8 +146,8 @@ class Backbone:
         Args:
             params: every slot's adapter tensors by canonical name; other names (the head) are ignored.
             tokens: what :meth:`prefix` returned.
-            capture: if given, receives the input (B, N, d_in) of every adapted layer under the layer's path
-                (which takes the time that ``shortcut`` saves).
+            capture: if given, receives the input (B, N, d_in) of every adapted layer under the layer's path,
+                without gradient (which takes the time that ``shortcut`` saves).
 
         Raises:
             BackboneError: an adapter tensor is missing.
@@ -263,7 +263,7 @@ class Backbone:
         for path in self.layers:
 
             def keep(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
-                capture[path] = inputs[0]
+                capture[path] = inputs[0].detach()
 
             hooks.append(self.anatomy.root.get_submodule(path).register_forward_pre_hook(keep))
         try:

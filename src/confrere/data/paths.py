@@ -91,12 +91,18 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9-]+", "_", plain).strip("_-")[:64] or "site"
 
 
+RESERVED = "pooled"
+"""The site that the pooled control trains; no hospital may be called so."""
+
+
 def check_site_name(name: str, where: str = "") -> str:
     """Return ``name`` if it can name a site on every file system.
 
     Raises:
-        DataError: anything but 1 to 64 of ``a-z 0-9 _ -``.
+        DataError: anything but 1 to 64 of ``a-z 0-9 _ -``, or ``pooled``.
     """
+    if name == RESERVED:
+        raise DataError(f"{name!r} is the name of the pooled control", where=where, fix="rename the site")
     if not SLUG.fullmatch(name) or _DEVICES.fullmatch(name):
         raise DataError(
             f"{name[:80]!r} cannot name a site: use 1 to 64 of a-z, 0-9, _ and -",

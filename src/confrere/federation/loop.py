@@ -108,9 +108,14 @@ def one_round(
     return updated, events + ([evaluation(round_, judged)] if judged else [])
 
 
+def cohort_size(fraction: float, sites: int) -> int:
+    """Return how many of ``sites`` are asked a round, at least one."""
+    return max(1, round(fraction * sites))
+
+
 def sample(sites: Sequence[str], fraction: float, seed: int, round_: int) -> list[str]:
     """Return the sites of a round, sorted; all of them when ``fraction`` is 1."""
-    count = max(1, round(fraction * len(sites)))
+    count = cohort_size(fraction, len(sites))
     chosen = numpy_generator(seed, "cohort", round_).permutation(len(sites))[:count]
     return sorted(sites[i] for i in chosen)
 
@@ -174,7 +179,11 @@ def should_stop(method: Method, events: Sequence[Mapping[str, Any]], plan: Plan,
     if not plan.patience or not method.may_stop(round_, plan.rounds) or round_ == plan.rounds:
         return ""
     best = best_round(events)
-    since = sum(1 for e in events if e["event"] == "evaluation" and e["round"] > best)
+    since = sum(
+        1
+        for e in events
+        if e["event"] == "evaluation" and e["round"] > best and method.may_stop(e["round"], plan.rounds)
+    )
     return f"no better validation criterion since round {best}" if since >= plan.patience else ""
 
 

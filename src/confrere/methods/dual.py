@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from confrere.errors import ConfigError
 from confrere.method import register
 from confrere.methods.fedopal import FedOPAL
 
@@ -21,3 +22,8 @@ class Dual(FedOPAL):
     """
 
     regulariser: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.regulariser != "none":
+            raise ConfigError("dual has no orthogonality term", where="method.regulariser", fix="use method fedopal")

@@ -51,5 +51,5 @@ class FedITFineTuned(Method):
         return {}, {"private": fitted}
 
     def may_stop(self, round_: int, rounds: int) -> bool:
-        """Return whether fine-tuning has begun: stopping before would skip it."""
+        """Return whether fine-tuning has begun: judgements before say nothing of it."""
         return round_ > self.shared_rounds(rounds)

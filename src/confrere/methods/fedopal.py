@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from confrere.adapters.algebra import average_products
+from confrere.adapters.algebra import average_products, named, pairs
 from confrere.adapters.orthogonality import REGULARISERS, ROUTES, penalty
 from confrere.errors import ConfigError
 from confrere.learner import Batch, Learner
@@ -104,4 +104,7 @@ class FedOPAL(Method):
         if self.aggregation != "svd":
             return averaged
         sent = [(reply.weight, reply.state["shared"]) for reply in replies]
-        return {**averaged, "shared": {**averaged["shared"], **average_products(sent, "general")}}
+        merged = pairs(average_products(sent, "general"), "general")
+        # A product of zero (no B has moved yet) factors into two zeros, which no gradient ever leaves.
+        moved = {layer: pair for layer, pair in merged.items() if pair[1].any()}
+        return {**averaged, "shared": {**averaged["shared"], **named(moved, "general")}}

@@ -2,10 +2,11 @@
 
 Shapes: N images, K classes, P patients (of all seeds together), S seeds, R resamples (row 0 is the sample).
 
-Each resample draws seeds with replacement, then patients with replacement, and the drawn patients serve both
-models and all seeds: patients that recur in several seeds' test sets are the same people, and drawing them
-anew for each seed would count them as new evidence. A class that vanishes from a resample is left out of its
-averages.
+Each resample draws patients with replacement, and the drawn patients serve both models and all seeds: patients
+that recur in several seeds' test sets are the same people, and drawing them anew for each seed would count them as
+new evidence. A class that vanishes from a resample is left out of its averages. Seeds are too few to be resampled:
+their spread enters by Student's t, joined with the patients' interval as the error of a sum of two independent
+parts (Zou and Donner, "Construction of Confidence Limits About Effect Measures", Statistics in Medicine 27, 2008).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from confrere.errors import DataError
 from confrere.metrics.bootstrap import (
@@ -68,10 +70,7 @@ def paired_gain(
         gains_RS[:, s], differs, images_PK = _gains(a, b, np.searchsorted(everyone, a[2]), weights)
         differ_P |= differs
         images.append(images_PK)
-    share_RS = draw(seeds, generator, resamples)
-    samples = ratio(
-        np.where(np.isnan(gains_RS), 0.0, gains_RS * share_RS).sum(1), (~np.isnan(gains_RS) * share_RS).sum(1)
-    )
+    samples = mean_defined(gains_RS)
     out: dict[str, Any] = {"metric": "balanced_accuracy", "gain": None, "low": None, "high": None, "p": None}
     out |= {"patients": P, "seeds": seeds, "note": None}
     if np.isnan(samples[0]):
@@ -79,7 +78,8 @@ def paired_gain(
     out["gain"] = float(samples[0])
     if P < ENOUGH_PATIENTS:
         return out | {"note": f"fewer than {ENOUGH_PATIENTS} test patients allow no interval"}
-    return out | _inference(samples, effective_patients(np.sum(images, axis=0)), int(differ_P.sum()))
+    by_seed = gains_RS[0][~np.isnan(gains_RS[0])]
+    return out | _inference(samples, by_seed, effective_patients(np.sum(images, axis=0)), int(differ_P.sum()))
 
 
 def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np.ndarray, Floats]:
@@ -93,8 +93,8 @@ def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np
     return mean_defined(gain_RK), (hits_a != hits_b).any(axis=1), images_PK
 
 
-def _inference(samples: Floats, patients: float, differing: int) -> dict[str, Any]:
-    """Return ``low``, ``high``, ``p`` and ``note`` from the sample (row 0) and its resamples."""
+def _inference(samples: Floats, by_seed: Floats, patients: float, differing: int) -> dict[str, Any]:
+    """Return ``low``, ``high``, ``p`` and ``note`` from the sample (row 0), its resamples and the seeds' gains."""
     gain, drawn = samples[0], samples[1:][~np.isnan(samples[1:])]
     if not differing:
         return {"low": 0.0, "high": 0.0, "p": 1.0, "note": "both models are right on the same test images"}
@@ -103,6 +103,8 @@ def _inference(samples: Floats, patients: float, differing: int) -> dict[str, An
     # Ties with zero count on both sides; + 1 because the sample itself is one possible draw.
     side = min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1
     p = widened_p(min(1.0, 2 * float(side) / (len(drawn) + 1)), patients)
+    if len(by_seed) > 1:
+        low, high, p = _with_seeds(gain, (low, high, p), by_seed, float(drawn.std()), patients)
     note = None
     if differing < ENOUGH_PATIENTS:
         p = max(p, 2.0 ** (1 - differing))
@@ -110,6 +112,33 @@ def _inference(samples: Floats, patients: float, differing: int) -> dict[str, An
     if p >= 1 - LEVEL:  # interval and p-value tell one story
         low, high = min(low, 0.0), max(high, 0.0)
     return {"low": float(min(low, gain)), "high": float(max(high, gain)), "p": p, "note": note}
+
+
+def _with_seeds(
+    gain: float, of_patients: tuple[float, float, float], by_seed: Floats, error: float, patients: float
+) -> tuple[float, float, float]:
+    """Return interval and p-value with the spread between seeds added to what patients alone give.
+
+    Args:
+        gain: mean over seeds.
+        of_patients: low, high and p from resampled patients.
+        by_seed: gain of each seed (S,).
+        error: standard deviation of the resamples.
+        patients: how many the gain rests on.
+    """
+    low, high, p = of_patients
+    free = len(by_seed) - 1
+    spread = float(by_seed.std(ddof=1)) / len(by_seed) ** 0.5
+    reach = -float(stdtrit(free, (1 - LEVEL) / 2)) * spread
+    low, high = gain - float(np.hypot(gain - low, reach)), gain + float(np.hypot(high - gain, reach))
+    error *= (patients / (patients - 1)) ** 0.5
+    total = float(np.hypot(error, spread))
+    if total > 0:  # Welch and Satterthwaite's degrees of freedom
+        freedom = total**4 / (error**4 / (patients - 1) + spread**4 / free)
+        p = max(p, 2 * float(stdtr(freedom, -abs(gain) / total)))
+    if low <= 0 <= high:
+        p = max(p, 1 - LEVEL)
+    return low, high, p
 
 
 def _paired(runs_a: Sequence[Run], runs_b: Sequence[Run]) -> list[tuple[Run, Run]]:
@@ -175,6 +204,8 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
         )
     low, high = 100 * gain["low"], 100 * gain["high"]
     caution = f" Only {people}: read this with caution." if gain["patients"] < FEW_PATIENTS else ""
+    if gain["seeds"] == 1 and not low <= 0 <= high:
+        caution += " One training run: chance between runs is not in the interval."
     paid = other in ("local", OTHERS["local"])
     if low > 0:
         return (

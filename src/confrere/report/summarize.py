@@ -176,7 +176,7 @@ def _across(model: str, sites: list[Json], given: Json) -> Json:
 
 def _federation(federation: Json, sites: list[Json]) -> Json:
     keys = ("name", "synthetic", "classes", "image_size", "digest")
-    return {key: federation.get(key) for key in keys} | {"n_sites": len(sites)}
+    return {key: federation.get(key) for key in keys} | {"n_sites": sum(not site["held_out"] for site in sites)}
 
 
 def _verdicts(given: Json | None, sites: list[Json]) -> Json | None:
