@@ -131,9 +131,14 @@ def of_timm(model: Any) -> Anatomy:
     )
 
 
-def _whole_transformers(model: Any, family: str) -> Anatomy:
-    def whole(images: Tensor) -> Tensor:
-        output = model(pixel_values=images)
+@dataclass
+class _Whole:
+    """A model's own pooled output; an object and no closure, so that a copy of it holds a copy of the model."""
+
+    model: Any
+
+    def __call__(self, images: Tensor) -> Tensor:
+        output = self.model(pixel_values=images)
         pooled: Tensor | None = getattr(output, "pooler_output", None)
         if pooled is None:
             pooled = (
@@ -143,6 +148,9 @@ def _whole_transformers(model: Any, family: str) -> Anatomy:
             )
         return pooled.flatten(1)
 
+
+def _whole_transformers(model: Any, family: str) -> Anatomy:
+    whole = _Whole(model)
     try:
         with torch.no_grad():
             size = int(getattr(model.config, "image_size", 224) or 224)

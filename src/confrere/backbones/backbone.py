@@ -9,8 +9,10 @@ Shapes: B images, H and W pixels, N tokens, D channels, F features, K classes, h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,28 +21,17 @@ from torch import Tensor, nn
 
 from confrere.adapters import head, lora
 from confrere.backbones.anatomy import Anatomy
-from confrere.backbones.last_block import SHORTCUT_FAMILIES, class_token_only
 from confrere.backbones.registry import HALF, Entry
+from confrere.backbones.suffix import Suffix
 from confrere.errors import BackboneError
 from confrere.tensors import Tensors
-
-
-class _Suffix(nn.Module):
-    """The adapted part as a module, so that one ``functional_call`` reaches every adapter tensor."""
-
-    def __init__(self, root: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.root = root
-        self._run = run
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self._run(tokens)
 
 
 class Backbone:
     """A frozen transformer with LoRA slots in its last blocks; make one with :func:`confrere.backbones.load`.
 
-    Calls write the tensors into the one module for their duration: use one backbone per thread.
+    Calls write the tensors into modules for their duration; each thread has modules of its own, which share every
+    frozen weight, so one backbone serves all threads.
 
     Attributes:
         name: what it was asked for, e.g. ``dinov2-small-imgfocus``.
@@ -53,8 +44,6 @@ class Backbone:
         feature_dim: F, the width of a feature vector.
         layers: module paths of the adapted linear layers.
         scale: factor on every ``B A x``, whatever the rank.
-        anatomy: the frozen module and where its parts are.
-        shortcut: the last block computes only what the class token needs (same result, a fifth less work).
     """
 
     def __init__(
@@ -76,20 +65,29 @@ class Backbone:
         self.pool = entry.pool
         self.feature_dim = anatomy.width * (2 if self.pool == "cls+mean" and anatomy.blocks_path else 1)
         self.device = torch.device(device)
-        self.shortcut = self.pool == "cls" and anatomy.family in SHORTCUT_FAMILIES
-        self.anatomy, self._sizes = anatomy, dict(sizes)
+        self._sizes = dict(sizes)
         self.layers = tuple(self._sizes)
         self.parameters = sum(p.numel() for p in anatomy.root.parameters())
-        self._dropouts = lora.inject(anatomy.root, self.layers, spec)
-        self._suffix = _Suffix(anatomy.root, self._run_suffix).eval().to(self.device)
-        self._blocks = anatomy.blocks
-        self._block_kwargs = {
-            name: tuple(t.to(self.device) for t in value) for name, value in anatomy.block_kwargs.items()
-        }
+        lora.inject(anatomy.root, self.layers, spec)
+        moved = {name: tuple(t.to(self.device) for t in value) for name, value in anatomy.block_kwargs.items()}
+        anatomy = replace(anatomy, block_kwargs=moved)
+        self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers).eval().to(self.device)
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._local.suffix = self._first
         self._required = tuple(f"root.{name}" for name in self.adapter_shapes(dict.fromkeys(spec.slots, 1)))
         mean, std = entry.mean or HALF, entry.std or HALF
         self._gain = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(self.device)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(self.device)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Return the frozen module of the calling thread, and where its parts are."""
+        return self._suffix.anatomy
+
+    @property
+    def shortcut(self) -> bool:
+        """Return whether the last block computes only what the class token needs (same result, less work)."""
+        return self._suffix.shortcut
 
     @property
     def prefix_digest(self) -> str:
@@ -136,8 +134,8 @@ class Backbone:
         if self.anatomy.embed is None:
             return tokens
         tokens = self.anatomy.embed(tokens)
-        for block in self._blocks[: self.cut]:
-            tokens = block(tokens, **self._block_kwargs)
+        for block in self.anatomy.blocks[: self.cut]:
+            tokens = block(tokens, **self.anatomy.block_kwargs)
         return tokens.contiguous()
 
     def features(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
@@ -156,8 +154,9 @@ class Backbone:
         missing = [name.removeprefix("root.") for name in self._required if name not in given]
         if missing or len(given) > len(self._required):
             self._refuse(missing, given)
-        with self._capturing(capture), self.full_last_block(capture is not None):
-            out: Tensor = torch.func.functional_call(self._suffix, given, (tokens,), tie_weights=False)
+        suffix = self._suffix
+        with suffix.capturing(capture):
+            out: Tensor = torch.func.functional_call(suffix, given, (tokens,), tie_weights=False)
         return out
 
     def logits(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
@@ -177,23 +176,30 @@ class Backbone:
 
         The frozen module itself stays in evaluation mode always.
         """
-        before = [layer.generator for layer in self._dropouts]
-        for layer in self._dropouts:
+        dropouts = self._suffix.dropouts
+        before = [layer.generator for layer in dropouts]
+        for layer in dropouts:
             layer.generator = generator
         try:
             yield
         finally:
-            for layer, old in zip(self._dropouts, before, strict=True):
+            for layer, old in zip(dropouts, before, strict=True):
                 layer.generator = old
 
     @contextmanager
-    def full_last_block(self, active: bool = True) -> Iterator[None]:
+    def full_last_block(self) -> Iterator[None]:
         """Compute every token of the last block inside the ``with`` block (see ``shortcut``)."""
-        before, self.shortcut = self.shortcut, self.shortcut and not active
-        try:
+        with self._suffix.full_last_block():
             yield
-        finally:
-            self.shortcut = before
+
+    @property
+    def _suffix(self) -> Suffix:
+        """Return the calling thread's modules."""
+        mine: Suffix | None = getattr(self._local, "suffix", None)
+        if mine is None:
+            with self._lock:
+                mine = self._local.suffix = self._first.twin()
+        return mine
 
     def describe(self) -> dict[str, Any]:
         """Return what a report says about the backbone (JSON-able)."""
@@ -228,49 +234,6 @@ class Backbone:
         from confrere.backbones.overlay import attention_map
 
         return attention_map(self, params, tokens)
-
-    def _run_suffix(self, tokens: Tensor) -> Tensor:
-        if self.anatomy.whole is not None:
-            return self.anatomy.whole(tokens)
-        last = len(self._blocks) - 1
-        for index in range(self.cut, len(self._blocks)):
-            if index == last and self.shortcut:
-                tokens = class_token_only(self._blocks[index], tokens)
-            else:
-                tokens = self._blocks[index](tokens, **self._block_kwargs)
-        return self._pool(tokens)
-
-    def _pool(self, tokens: Tensor) -> Tensor:
-        norm, after = self.anatomy.norm, self.anatomy.after_pool
-        if self.pool == "cls":
-            tokens = tokens[:, :1]  # the norm is per token: no need to normalise the others
-        tokens = norm(tokens) if norm is not None else tokens
-        patches = tokens[:, self.anatomy.prefix_tokens :]
-        if self.pool == "cls":
-            pooled = tokens[:, 0]
-        elif self.pool == "mean":
-            pooled = patches.mean(1)
-        else:
-            return torch.cat([tokens[:, 0], patches.mean(1)], dim=1)
-        return after(pooled) if after is not None else pooled
-
-    @contextmanager
-    def _capturing(self, capture: dict[str, Tensor] | None) -> Iterator[None]:
-        if capture is None:
-            yield
-            return
-        hooks = []
-        for path in self.layers:
-
-            def keep(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
-                capture[path] = inputs[0].detach()
-
-            hooks.append(self.anatomy.root.get_submodule(path).register_forward_pre_hook(keep))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _refuse(self, missing: list[str], given: Mapping[str, Tensor]) -> None:
         if missing:
