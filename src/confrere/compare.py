@@ -18,7 +18,7 @@ from confrere.method import METHODS
 from confrere.metrics.bootstrap import LEVEL
 from confrere.metrics.paired import holm, verdict
 from confrere.record.files import read_json, write_bytes, write_json
-from confrere.record.machine import machine
+from confrere.record.machine import cores, machine
 from confrere.record.run import Run
 from confrere.verdicts import site_gain
 
@@ -53,7 +53,7 @@ def compare(
         raise ConfigError("give methods and seeds, each once", fix="--methods fedopal,local --seeds 0,1,2")
     every = [(experiment.for_method(name, seed=seed), folder(out, name, seed)) for seed in seeds for name in methods]
     for one, path in every:
-        if (path / "experiment.toml").exists() and validate(read(path / "experiment.toml")) != one:
+        if (path / "experiment.toml").exists() and validate(read(path / "experiment.toml")).choices() != one.choices():
             raise RunError("a run of another experiment is there", where=str(path), fix="choose another --out")
     todo = [(one, path) for one, path in every if not (path / "results.json").exists()]
     notify({"event": "runs", "total": len(every), "done": len(every) - len(todo)})
@@ -190,7 +190,8 @@ def _in_processes(todo: Sequence[tuple[Experiment, Path]], jobs: int, notify: No
             while waiting and len(running) < jobs:
                 experiment, path = waiting.pop(0)
                 plan = path.parent / f"{path.name}.toml"
-                write_bytes(plan, experiment.toml().encode())
+                share = experiment.workers or max(1, cores() // jobs)
+                write_bytes(plan, experiment.model_copy(update={"workers": share}).toml().encode())
                 begun = (path / "experiment.toml").exists()
                 verb = ["resume", str(path), "--quiet"] if begun else ["run", str(plan), "--out", str(path), "--quiet"]
                 notify({"event": "run", "path": path})

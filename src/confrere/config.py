@@ -100,6 +100,7 @@ class Experiment(Part):
     controls: tuple[str, ...] = ("local", "pooled")
     hold_out: str | None = None
     threads: int = Field(default=0, ge=0, le=256)
+    workers: int = Field(default=0, ge=0, le=256)
     track: tuple[Literal["tensorboard", "mlflow"], ...] = ()
     backbone: BackboneChoice = BackboneChoice()
     adapter: AdapterChoice = AdapterChoice()
@@ -163,8 +164,8 @@ class Experiment(Part):
         return validate({**self.model_dump(), "method": method, "controls": (), **changes})
 
     def choices(self) -> dict[str, Any]:
-        """Return every choice under its dotted key (``experiment.train.lr``), without where the data lie."""
-        return _flat(self.model_dump(mode="json", exclude={"path"}), "experiment")
+        """Return every choice that results depend on, under its dotted key (``experiment.train.lr``)."""
+        return _flat(self.model_dump(mode="json", exclude={"path", "workers"}), "experiment")
 
     def toml(self) -> str:
         """Return the experiment as TOML; :func:`read` gives an equal object back."""

@@ -16,17 +16,16 @@ from confrere.config import Experiment, read, validate
 from confrere.data.federation import Federation, load_federation
 from confrere.data.paths import RESERVED as POOLED
 from confrere.errors import ConfigError, RunError
+from confrere.examination import examine_sites
 from confrere.export import export_adapters
 from confrere.federation.loop import Plan, best_round, cohort_size, federate
 from confrere.federation.site import Site
-from confrere.federation.transport import Failure, InProcess
+from confrere.federation.transport import InProcess
 from confrere.learner import TokenSet, TrainSettings
-from confrere.listing import describe_method
-from confrere.method import Method, Request
-from confrere.metrics.across_sites import summary
+from confrere.method import Method
 from confrere.prefix import cache_dir, join, tokens
 from confrere.record.files import read_json, write_bytes, write_json, write_state
-from confrere.record.machine import machine
+from confrere.record.machine import cores, machine
 from confrere.record.run import Run
 from confrere.seeds import torch_generator
 from confrere.tensors import Tensors
@@ -62,11 +61,10 @@ def run_experiment(
         RunError: ``out`` holds a run of another experiment, of other data, or (without ``accept_drift``) one that
             began with other packages or threads.
     """
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
     run = Run(out)
     with run.lock():
         federation = open_data(experiment, out)
+        torch.set_num_threads(threads(experiment, federation))
         _begin(out, experiment, federation, accept_drift=accept_drift)
         notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
         names = [str(experiment.method["name"]), *experiment.controls]
@@ -77,6 +75,11 @@ def run_experiment(
                 own = experiment if name == names[0] else experiment.for_method(name)
                 train(prepare(own, federation, notify), part, notify)
         return write_verdicts(out, experiment) if experiment.controls else {}
+
+
+def threads(experiment: Experiment, federation: Federation) -> int:
+    """Return how many threads one site's tensor operations use: as given, or its share of the cores."""
+    return experiment.threads or max(1, cores() // len(federation.sites))
 
 
 def open_data(experiment: Experiment, out: Path) -> Federation:
@@ -109,6 +112,7 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
 def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Task:
     """Load the backbone for the method's adapters and compute (or find) every image's frozen prefix."""
     method, spec, adapter = experiment.build_method(), experiment.backbone, experiment.adapter
+    torch.set_num_threads(experiment.threads or cores())  # bits of the prefix do not depend on it
     backbone = load(
         spec.name,
         lora=lora.LoraSpec(
@@ -149,12 +153,18 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
         judge=tuple(task.training_sites),
     )
     server = method.init_server(initial(task, ""))
-    transport = InProcess(sites)
+    each = threads(experiment, task.federation)
+    if method.pools:  # one site trains: it takes all cores
+        torch.set_num_threads(experiment.threads or cores())
+        transport = InProcess(sites)
+    else:
+        torch.set_num_threads(each)
+        transport = InProcess(sites, experiment.workers or max(1, cores() // each))
     federate(method, server, transport, plan, run, notify)
     events = run.events()
     chosen = best_round(events)
     notify({"event": "examine", "round": chosen})
-    results = examine_sites(task, run, transport, chosen)
+    results = examine_sites(experiment, task.federation.classes, list(task.data), run, transport, chosen)
     export_adapters(path / "adapters", task.backbone, method, run.server(chosen), sites, results, chosen)
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(path / "results.json", results)
@@ -197,49 +207,6 @@ def initial(task: Task, site: str) -> Tensors:
         shapes = {n: s for n, s in task.backbone.adapter_shapes({slot: rank}).items() if lora.slot_of(n) == slot}
         params |= lora.init(shapes, torch_generator(task.experiment.seed, *address))
     return params | head.init(len(task.federation.classes), task.backbone.feature_dim)
-
-
-def examine_sites(task: Task, run: Run, transport: InProcess, round_: int) -> dict[str, Any]:
-    """Return results.json: every site's test metrics for its personalised and the general model."""
-    experiment, method, server = task.experiment, task.method, run.server(round_)
-    sites: dict[str, Any] = {name: {"models": {}} for name in sorted(task.data)}
-    for model in ("personalised", "general"):
-        asked = [
-            s
-            for s in sites
-            if (model == "general" and method.has_general()) or (model == "personalised" and s != experiment.hold_out)
-        ]
-        requests = {
-            s: Request(kind="evaluate", round=round_, state=method.broadcast(server, s), split="test", model=model)
-            for s in asked
-        }
-        for reply in transport.exchange(requests):
-            if isinstance(reply, Failure):
-                raise RunError(f"the examination failed: {reply.reason}", where=f"site {reply.site}")
-            sites[reply.site]["models"][model] = reply.metrics["metrics"]
-            if model == "personalised" or reply.site == experiment.hold_out:
-                sites[reply.site] |= {k: v for k, v in reply.metrics.items() if k != "metrics"}
-    events = [e for e in run.events() if e["event"] == "round"]
-    for name, entry in sites.items():
-        entry["held_out"] = name == experiment.hold_out
-        entry["models"] = {m: entry["models"].get(m) for m in ("personalised", "general")}
-        own = [e["sites"][name] for e in events if name in e["sites"]]
-        entry["sent_bytes"], entry["received_bytes"] = (
-            sum(x[k] for x in own) for k in ("sent_bytes", "received_bytes")
-        )
-    return {
-        "method": method.name,
-        "title": method.title,
-        "seed": experiment.seed,
-        "round": round_,
-        "rounds": len(events),
-        "held_out": experiment.hold_out,
-        "classes": list(task.federation.classes),
-        "method_info": describe_method(method),
-        "sites": sites,
-        "summary": {m: _summary(sites, m) for m in ("personalised", "general")},
-        "machine": machine(),
-    }
 
 
 def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
@@ -286,12 +253,3 @@ def _begin(out: Path, experiment: Experiment, federation: Federation, *, accept_
     }
     write_json(out / "federation.json", kept)
     write_bytes(out / "experiment.toml", experiment.toml().encode())
-
-
-def _summary(sites: Mapping[str, Any], model: str) -> dict[str, Any] | None:
-    values = {
-        name: entry["models"][model]["balanced_accuracy"]["value"]
-        for name, entry in sites.items()
-        if entry["models"][model]
-    }
-    return summary(values) if values else None

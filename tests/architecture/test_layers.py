@@ -24,6 +24,7 @@ ROWS = [
     {"record"},
     {"federation"},
     {"report", "verdicts", "export", "listing", "config"},
+    {"examination"},
     {"job", "track", "demo", "progress"},
     {"compare", "predict"},
     {"cli"},

@@ -94,6 +94,17 @@ def test_order_of_replies_and_the_wire_do_not_matter(method: Method, tmp_path: P
 
 
 @every
+@pytest.mark.parametrize("workers", [2, 5])
+def test_the_number_of_workers_changes_no_byte(method: Method, workers: int, tmp_path: Path) -> None:
+    plain, plain_sites = tiny_run(method, tmp_path / "1")
+    sites = tiny_sites(method)
+    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    final = federate(method, server, InProcess(sites, workers), tiny_plan(method), Run(tmp_path / "many"))
+    assert digest(final) == digest(plain)
+    assert site_states(sites, 3) == site_states(plain_sites, 3)
+
+
+@every
 def test_redelivery_gives_the_same_reply_and_state(method: Method) -> None:
     sites = tiny_sites(method)
     server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))

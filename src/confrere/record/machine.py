@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """Return what bit-identity is promised for: versions, threads and processor capability."""
     packages = ("confrere", "torch", "numpy", "peft", "transformers", "safetensors", "scikit-learn", "pillow")
@@ -18,6 +23,6 @@ def machine() -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "system": platform.system(),
     }
