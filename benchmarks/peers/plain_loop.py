@@ -1,0 +1,41 @@
+"""The whole job by hand: no framework, one process, PyTorch, transformers and PEFT.
+
+python plain_loop.py JOB OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from client import Client, Model, average, first_state, open_job
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    loader_workers = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    started = time.perf_counter()
+    job = open_job(folder)
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    model = Model(job, folder)
+    clients = [Client(folder, site, model, job, loader_workers) for site in sorted(job["sites"])]
+    state, seconds = first_state(folder), []
+    for round_ in range(1, job["rounds"] + 1):
+        begun = time.perf_counter()
+        state = average([(client.weight, client.fit(state, round_)) for client in clients])
+        seconds.append(time.perf_counter() - begun)
+    val = [client.score(state, 1) for client in clients]
+    test = [client.score(state, 2) for client in clients]
+    whole = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = {"seconds": whole, "rounds": seconds, "val": val, "test": test, "peak_mb": peak, "torch": torch.__version__}
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
