@@ -97,9 +97,7 @@ def resume(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="directory of a run or comparison")]) -> None:
     """Write report.html, report.json and card.md of a run anew."""
-    from confrere.report import write_report
-
-    _say("Report: ", write_report(run))
+    _report(run)
 
 
 @app.command()
@@ -145,7 +143,7 @@ def compare(
     _check_places(path, out)
     with progress(quiet=False) as notify:
         run_comparison(experiment, names, numbers, out, jobs=jobs, notify=notify)
-    _report(out, quiet=False)
+    _report(out)
 
 
 @app.command()
@@ -209,7 +207,7 @@ def main() -> None:
         typer.echo(f"confrere: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         raise SystemExit(0) from None
     except Exception as error:
         if os.environ.get("CONFRERE_DEBUG"):
@@ -220,11 +218,17 @@ def main() -> None:
         typer.echo(f"confrere: {what} [{Path(frame.filename).name}, line {frame.lineno}]", err=True)
         fix = "run again with CONFRERE_DEBUG=1 and report what it prints; `confrere resume` continues"
         typer.echo(f"  Fix: {fix}", err=True)
+        _discard_output()
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         hint = "`confrere resume RUN` continues a run, the same command a comparison"
         typer.echo(f"confrere: interrupted; {hint}", err=True)
         raise SystemExit(130) from None
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere: Python would fail once more when it writes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(path: Path, out: Path, values: dict[str, Any], overrides: list[str], *, quiet: bool = False) -> None:
@@ -266,15 +270,13 @@ def _carry_out(experiment: Any, out: Path, *, quiet: bool, accept_drift: bool = 
                 _say(f"  {entry['sentence']}")
         _say("", found["headline"])
     if not quiet:
-        _report(out, quiet=quiet)
+        _report(out)
 
 
-def _report(out: Path, *, quiet: bool) -> None:
+def _report(out: Path) -> None:
     from confrere.report import write_report
 
-    path = write_report(out)
-    if not quiet:
-        _say("Report: ", path)
+    _say("Report: ", write_report(out))
 
 
 def _list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
