@@ -218,11 +218,11 @@ def main() -> None:
         typer.echo(f"confrere: {what} [{Path(frame.filename).name}, line {frame.lineno}]", err=True)
         fix = "run again with CONFRERE_DEBUG=1 and report what it prints; `confrere resume` continues"
         typer.echo(f"  Fix: {fix}", err=True)
-        _discard_output()
+        if isinstance(error, OSError):
+            _discard_output()
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        hint = "`confrere resume RUN` continues a run, the same command a comparison"
-        typer.echo(f"confrere: interrupted; {hint}", err=True)
+        typer.echo("confrere: interrupted; `confrere resume RUN` continues a run, the same command a compare", err=True)
         raise SystemExit(130) from None
 
 

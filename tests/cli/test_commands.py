@@ -85,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, hospitals: Path, cache: P
         with pytest.raises(SystemExit) as done:
             cli.main()
         assert not done.value.code, os.listdir(out)
-    cli._report(out, quiet=True)
+    cli._report(out)
     return out
 
 
