@@ -58,4 +58,4 @@ clean:
 # Real data: four hospitals' dermoscopy, all methods, three seeds (an hour or two on two cores; continues if stopped).
 .PHONY: ham10000
 ham10000: $(VENV)/.installed
-	$(BIN)/python recipes/ham10000.py $(DATA) --out results/ham10000 --jobs 2
+	$(BIN)/python recipes/ham10000.py $(DATA) --out results/ham10000 --jobs 2 --page results/ham10000.md

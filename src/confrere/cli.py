@@ -222,7 +222,7 @@ def main() -> None:
             _discard_output()
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        typer.echo("confrere: interrupted; `confrere resume RUN` continues a run, the same command a compare", err=True)
+        typer.echo("confrere: interrupted; continue: `confrere resume RUN`, a comparison by the same command", err=True)
         raise SystemExit(130) from None
 
 
