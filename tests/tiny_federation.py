@@ -89,7 +89,7 @@ def tiny_sites(
             method=method,
             backbone=backbone,
             data=one,
-            initial=initial_params(backbone, method, name, seed=seed),
+            initial=functools.partial(initial_params, backbone, method, name, seed=seed),
             store=(stores or {}).get(name) or MemoryStore(),
             settings=TrainSettings(**options),  # type: ignore[arg-type]
             seed=seed,

@@ -89,6 +89,17 @@ class SelectionChoice(Part):
     images: int = Field(default=0, ge=0)
 
 
+class EngineChoice(Part):
+    """How the arithmetic is done.
+
+    ``precision``: ``bf16`` keeps the frozen model and its activations in bfloat16; adapters, head, loss and optimiser
+    stay float32. ``device``: ``cpu`` or ``cuda``.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = Field(default="cpu", pattern=r"(cpu|cuda)(:[0-9]+)?")
+
+
 class Experiment(Part):
     """All choices of one run."""
 
@@ -107,6 +118,7 @@ class Experiment(Part):
     train: TrainChoice = TrainChoice()
     federation: FederationChoice = FederationChoice()
     selection: SelectionChoice = SelectionChoice()
+    engine: EngineChoice = EngineChoice()
     data: DataOptions = DataOptions()
 
     @field_validator("controls", "track", mode="before")

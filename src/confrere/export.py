@@ -52,6 +52,7 @@ def export_adapters(
                 "model": model,
                 "classes": results["classes"],
                 "pool": backbone.pool,
+                "precision": backbone.precision,
                 "temperature": entry["temperature"],
                 "backbone": backbone.name,
                 "backbone_sha256": backbone.digest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
         depth=spec.depth or (REGISTRY[spec.name].keep if spec.name in REGISTRY else None),
         image_size=federation.image_size,
         sha256=spec.sha256,
+        device=experiment.engine.device,
+        precision=experiment.engine.precision,
     )
 
     def progress(site: str, done: int, total: int) -> None:
@@ -187,7 +190,7 @@ def make_site(task: Task, name: str, run: Run) -> Site:
         method=task.method,
         backbone=task.backbone,
         data=data,
-        initial=initial(task, name),
+        initial=partial(initial, task, name),
         store=store,
         seed=experiment.seed,
         rounds=experiment.rounds,

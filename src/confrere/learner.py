@@ -13,6 +13,7 @@ from torch import Tensor
 
 from confrere.backbones import Backbone
 from confrere.errors import TrainingError
+from confrere.feed import feed
 from confrere.objectives import Objective, class_weights, objective
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tensors import Tensors
@@ -53,7 +54,7 @@ class TokenSet:
     """One site's images after the frozen prefix, with labels, patients and split.
 
     Args:
-        tokens: float32 array-like (N, tokens, width), usually memory-mapped.
+        tokens: float32 array-like (N, tokens, width), usually memory-mapped; int16 holds the bits of bfloat16.
         labels: int64 (N,). groups: int64 (N,), opaque patient numbers. split: int8 (N,), 0 train, 1 val, 2 test.
     """
 
@@ -69,7 +70,16 @@ class TokenSet:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """Return the rows as tensors, copied out of the memory map."""
-        return Batch(torch.from_numpy(np.array(self.tokens[rows])), torch.from_numpy(self.labels[rows]))
+        tokens = torch.from_numpy(np.array(self.tokens[rows]))
+        if tokens.dtype == torch.int16:
+            tokens = tokens.view(torch.bfloat16)
+        return Batch(tokens, torch.from_numpy(self.labels[rows]))
+
+
+def as_numpy(tokens: Tensor) -> np.ndarray:
+    """Return tokens as an array for :class:`TokenSet`; bfloat16, which NumPy lacks, as int16 of the same bits."""
+    tokens = tokens.cpu()
+    return (tokens.view(torch.int16) if tokens.dtype == torch.bfloat16 else tokens).numpy()
 
 
 @dataclass
@@ -79,6 +89,14 @@ class Batch:
     tokens: Tensor
     labels: Tensor
     inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return a copy on ``device``, without waiting for it when this one is pinned."""
+        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Return a copy in page-locked memory, from which a GPU reads by itself."""
+        return Batch(self.tokens.pin_memory(), self.labels.pin_memory())
 
 
 @dataclass
@@ -131,14 +149,15 @@ class Learner:
             TrainingError: the loss is not finite; nothing of this round is kept.
         """
         # Sorted, because the order of a sum decides its last bit and a wire or a file may reorder names.
-        leaves = {n: params[n].detach().clone() for n in sorted(params)}
+        device = self.backbone.device
+        leaves = {n: params[n].detach().clone().to(device) for n in sorted(params)}
         trained = [t.requires_grad_() for n, t in leaves.items() if train is None or train(n)]
         cfg = self.settings
         optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
         task = self._objective()
         losses = []
         with self.backbone.dropout(torch_generator(self.seed, "dropout", tag, self.round, self.site)):
-            for batch in self.batches(cfg.steps, tag):
+            for batch in feed(self.batches(cfg.steps, tag), device):
                 logits = self.backbone.logits(leaves, batch.tokens, capture=batch.inputs if capture else None)
                 loss = task(logits, batch.labels)
                 losses.append(float(loss.detach()))
@@ -155,14 +174,14 @@ class Learner:
                     )
                 optimiser.step()
         self.metrics["loss"] = sum(losses) / max(1, len(losses))
-        return {n: t.detach() for n, t in leaves.items()}
+        return {n: t.detach().cpu() for n, t in leaves.items()}
 
     def _objective(self) -> Objective:
         if self.settings.balance != "weights":
             return objective(self.settings.loss)
         counts = np.bincount(self.data.labels[self.data.rows("train")], minlength=len(self.data.classes))
         name = "weighted-cross-entropy" if self.settings.loss == "cross-entropy" else self.settings.loss
-        return objective(name, class_weights(counts.tolist()))
+        return objective(name, class_weights(counts.tolist()).to(self.backbone.device))
 
     def features(self, params: Tensors, batch: Batch) -> Tensor:
         """Return pooled features (B, feature_dim) of a batch, without dropout."""
@@ -178,7 +197,7 @@ def predict(backbone: Backbone, params: Tensors, data: TokenSet, rows: np.ndarra
     """
     with torch.no_grad():
         parts = [
-            backbone.logits(params, data.batch(rows[i : i + batch_size]).tokens)
+            backbone.logits(params, data.batch(rows[i : i + batch_size]).tokens).cpu()
             for i in range(0, len(rows), batch_size)
         ]
     logits = torch.cat(parts) if parts else torch.zeros(0, len(data.classes))

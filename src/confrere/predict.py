@@ -51,6 +51,7 @@ class Predictor:
             depth=self.info["depth"],
             image_size=tuple(self.info["image_size"]),
             pool=self.info["pool"],
+            precision=self.info["precision"],
             sha256=self.info["backbone_sha256"],
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from confrere.backbones import Backbone
 from confrere.data.federation import SiteImages
 from confrere.errors import DataError
-from confrere.learner import Array, TokenSet
+from confrere.learner import Array, TokenSet, as_numpy
 from confrere.seeds import derive
 
 BATCH = 64
@@ -101,7 +101,7 @@ def _compute(
         try:
             out = None
             for start in range(0, total, BATCH):
-                part = backbone.prefix(site.images[np.arange(start, min(start + BATCH, total))]).cpu().numpy()
+                part = as_numpy(backbone.prefix(site.images[np.arange(start, min(start + BATCH, total))]))
                 if out is None:
                     out = np.lib.format.open_memmap(name, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
                 out[start : start + len(part)] = part

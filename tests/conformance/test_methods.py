@@ -138,9 +138,9 @@ def test_inputs_are_not_changed(method: Method) -> None:
     replies = []
     for name in trainers(method):
         received = method.broadcast(server, name)
-        marks = digest(received), digest({"i": sites[name].initial})
+        marks = digest(received), digest({"i": sites[name].initial()})
         replies.append(sites[name].handle(Request(kind="train", round=1, state=received)))
-        assert (digest(received), digest({"i": sites[name].initial})) == marks
+        assert (digest(received), digest({"i": sites[name].initial()})) == marks
     marks = digest(server), [digest(r.state) for r in replies]
     method.aggregate(server, replies)
     assert (digest(server), [digest(r.state) for r in replies]) == marks
@@ -166,7 +166,7 @@ def test_zero_learning_rate_is_a_fixed_point(method: Method, tmp_path: Path) -> 
     start = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
     backbone = tiny_backbone(method.slots)
     for name in SITES:
-        untrained = method.personal(method.broadcast(start, name), method.init_site(sites[name].initial))
+        untrained = method.personal(method.broadcast(start, name), method.init_site(sites[name].initial()))
         trained = sites[name].params(Request(kind="evaluate", round=3, state=method.broadcast(final, name)))
         rows = sites[name].data.rows("test")
         left, right = (predict(backbone, p, sites[name].data, rows) for p in (untrained, trained))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -65,7 +66,7 @@ def test_three_ranks_two_groups_and_own_messages_in_one_run(tmp_path: Path) -> N
     method, backbone = Mixed(), tiny_backbone(("general",))
     sites = tiny_sites(method)
     for name, site in sites.items():
-        site.initial = initial_params(backbone, method, name, rank=RANKS[name])
+        site.initial = partial(initial_params, backbone, method, name, rank=RANKS[name])
     server = method.init_server(initial_params(backbone, method, ""))
     final = federate(method, server, InProcess(sites), tiny_plan(method), Run(tmp_path))
     for name in SITES:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from confrere.backbones.registry import HALF, Entry
 from confrere.backbones.suffix import Suffix
 from confrere.errors import BackboneError
 from confrere.tensors import Tensors
+
+Precision = Literal["fp32", "bf16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Backbone:
@@ -41,6 +44,7 @@ class Backbone:
         cut: index of the first adapted block (``depth`` without slots); the blocks before it are the
             cacheable prefix.
         image_size: (height, width) in pixels.
+        precision, dtype: of frozen weights and activations; adapters and head are float32 outside.
         feature_dim: F, the width of a feature vector.
         layers: module paths of the adapted linear layers.
         scale: factor on every ``B A x``, whatever the rank.
@@ -57,6 +61,7 @@ class Backbone:
         image_size: tuple[int, int],
         sizes: Mapping[str, tuple[int, int]],
         device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
     ) -> None:
         self.name, self.digest, self.entry = entry.name, digest, entry
         self.spec, self.scale, self.image_size = spec, spec.scale, image_size
@@ -64,14 +69,17 @@ class Backbone:
         self.cut = depth - (spec.blocks if spec.slots else 0) if anatomy.blocks_path else 0
         self.pool = entry.pool
         self.feature_dim = anatomy.width * (2 if self.pool == "cls+mean" and anatomy.blocks_path else 1)
-        self.device = torch.device(device)
+        self.device, self.precision, self.dtype = torch.device(device), precision, _DTYPES[precision]
         self._sizes = dict(sizes)
         self.layers = tuple(self._sizes)
         self.parameters = sum(p.numel() for p in anatomy.root.parameters())
         lora.inject(anatomy.root, self.layers, spec)
-        moved = {name: tuple(t.to(self.device) for t in value) for name, value in anatomy.block_kwargs.items()}
+        moved = {
+            name: tuple(t.to(self.device, self.dtype) for t in value) for name, value in anatomy.block_kwargs.items()
+        }
         anatomy = replace(anatomy, block_kwargs=moved)
-        self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers).eval().to(self.device)
+        self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers).eval()
+        self._first.to(self.device, self.dtype)
         self._local, self._lock = threading.local(), threading.Lock()
         self._local.suffix = self._first
         self._required = tuple(f"root.{name}" for name in self.adapter_shapes(dict.fromkeys(spec.slots, 1)))
@@ -92,7 +100,15 @@ class Backbone:
     @property
     def prefix_digest(self) -> str:
         """Return a SHA-256 over all that determines :meth:`prefix`: a key for caches of tokens."""
-        parts = (self.digest, self.cut, self.image_size, self.entry.mean, self.entry.std, self.anatomy.family)
+        parts = (
+            self.digest,
+            self.precision,
+            self.cut,
+            self.image_size,
+            self.entry.mean,
+            self.entry.std,
+            self.anatomy.family,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def adapter_shapes(self, ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -123,14 +139,14 @@ class Backbone:
 
     @torch.no_grad()
     def prefix(self, images: np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """Return the tokens (B, N, D) that enter the first adapted block, float32, without gradient.
+        """Return the tokens (B, N, D) that enter the first adapted block, in ``dtype``, without gradient.
 
         For an architecture that cannot be cut these are the normalised images (B, 3, H, W).
 
         Raises:
             BackboneError: images of another shape or type than (B, H, W, 3) uint8.
         """
-        tokens = self.normalise(images)
+        tokens = self.normalise(images).to(self.dtype)
         if self.anatomy.embed is None:
             return tokens
         tokens = self.anatomy.embed(tokens)
@@ -139,7 +155,7 @@ class Backbone:
         return tokens.contiguous()
 
     def features(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
-        """Return feature vectors (B, F) with gradient with respect to ``params``.
+        """Return float32 feature vectors (B, F) with gradient with respect to ``params``.
 
         Args:
             params: every slot's adapter tensors by canonical name; other names (the head) are ignored.
@@ -150,14 +166,18 @@ class Backbone:
         Raises:
             BackboneError: an adapter tensor is missing.
         """
-        given = {f"root.{name}": value for name, value in params.items() if lora.slot_of(name)}
+        given = {
+            f"root.{name}": value.to(self.device, self.dtype) for name, value in params.items() if lora.slot_of(name)
+        }
         missing = [name.removeprefix("root.") for name in self._required if name not in given]
         if missing or len(given) > len(self._required):
             self._refuse(missing, given)
         suffix = self._suffix
         with suffix.capturing(capture):
-            out: Tensor = torch.func.functional_call(suffix, given, (tokens,), tie_weights=False)
-        return out
+            out: Tensor = torch.func.functional_call(
+                suffix, given, (tokens.to(self.device, self.dtype),), tie_weights=False
+            )
+        return out.float()
 
     def logits(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
         """Return class scores (B, K): ``features @ head.weight.T + head.bias``.
@@ -168,7 +188,8 @@ class Backbone:
         if head.WEIGHT not in params or head.BIAS not in params:
             raise BackboneError("the head's tensors are missing", where=", ".join(head.NAMES))
         features = self.features(params, tokens, capture=capture)
-        return nn.functional.linear(features, params[head.WEIGHT], params[head.BIAS])
+        weight, bias = (params[name].to(self.device) for name in (head.WEIGHT, head.BIAS))
+        return nn.functional.linear(features, weight, bias)
 
     @contextmanager
     def dropout(self, generator: torch.Generator | None) -> Iterator[None]:
@@ -215,6 +236,7 @@ class Backbone:
             "cut": self.cut,
             "patch": list(self.anatomy.patch),
             "image_size": list(self.image_size),
+            "precision": self.precision,
             "pool": self.pool,
             "feature_dim": self.feature_dim,
             "parameters": self.parameters,

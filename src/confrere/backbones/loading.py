@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones.anatomy import Anatomy
-from confrere.backbones.backbone import Backbone
+from confrere.backbones.backbone import Backbone, Precision
 from confrere.backbones.registry import REGISTRY, Entry, Pool, entry
 from confrere.errors import BackboneError
 
@@ -33,6 +34,7 @@ def load(
     pool: Pool | None = None,
     sha256: str | None = None,
     device: str = "cpu",
+    precision: Precision = "fp32",
 ) -> Backbone:
     """Return a frozen backbone with the slots of ``lora`` in its last blocks.
 
@@ -45,20 +47,25 @@ def load(
         pool: the class token, the mean patch, or both side by side (default: the model's own).
         sha256: refuse weights with another digest.
         device: a torch device.
+        precision: of frozen weights and activations, ``fp32`` or ``bf16``.
 
     Raises:
         BackboneError: unknown or unreachable weights, a wrong digest, pickled files, an unsupported
-            architecture, or sizes that do not fit.
+            architecture, sizes that do not fit, or a device that is not there.
         MissingExtraError: the optional package that reads these weights is not installed.
     """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BackboneError("no CUDA device is there", where=f"device {device}", fix="use device = 'cpu'")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     loaded = _read(str(name), size)
     _check_digest(loaded, sha256)
     known = replace(loaded.entry, pool=pool or loaded.entry.pool)
-    return _build(replace(loaded, entry=known), lora, depth, size or known.input_size or (224, 224), device)
+    return _build(replace(loaded, entry=known), lora, depth, size or known.input_size or (224, 224), device, precision)
 
 
-def _build(loaded: Loaded, spec: LoraSpec, depth: int | None, size: tuple[int, int], device: str) -> Backbone:
+def _build(
+    loaded: Loaded, spec: LoraSpec, depth: int | None, size: tuple[int, int], device: str, precision: Precision
+) -> Backbone:
     anatomy, known = loaded.anatomy, loaded.entry
     _check_size(size, anatomy.patch, known.name)
     if anatomy.blocks_path and "cls" in known.pool and anatomy.prefix_tokens == 0:
@@ -75,6 +82,7 @@ def _build(loaded: Loaded, spec: LoraSpec, depth: int | None, size: tuple[int, i
         image_size=size,
         sizes=sizes,
         device=device,
+        precision=precision,
     )
 
 

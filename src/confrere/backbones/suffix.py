@@ -84,7 +84,7 @@ class Suffix(nn.Module):
         for path in self.layers:
 
             def keep(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
-                capture[path] = inputs[0].detach()
+                capture[path] = inputs[0].detach().float()
 
             hooks.append(self.root.get_submodule(path).register_forward_pre_hook(keep))
         try:

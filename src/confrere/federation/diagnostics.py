@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from confrere.adapters.algebra import column_overlap, inner, pairs, product_cosine, row_overlap
+from confrere.adapters.algebra import column_overlap, concat, pairs, product, product_cosine, row_overlap
 from confrere.backbones import Backbone
 from confrere.method import Reply
-from confrere.tensors import Tensors, dot, sub
+from confrere.tensors import Tensors, sub
+
+COMPARED = 64
+"""Similarities are a matrix in every round's record: with more senders nobody reads it."""
 
 
 def adapter_overlap(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict[str, float | None] | None:
@@ -43,16 +46,19 @@ def adapter_overlap(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict
 
 
 def site_similarity(server: Tensors, replies: Sequence[Reply]) -> dict[str, object] | None:
-    """Return the cosine of the sites' updates (what was sent minus what was received), as names and a matrix."""
+    """Return the cosine of the sites' updates (what was sent minus what was received), as names and a matrix.
+
+    None for fewer than two senders, for more than :data:`COMPARED`, and when an update is zero.
+    """
     senders = [r for r in replies if r.state.get("shared")]
-    if len(senders) < 2:
+    if not 2 <= len(senders) <= COMPARED:
         return None
-    updates = [sub(r.state["shared"], server) for r in senders]
-    norms = [float(dot(u, u)) ** 0.5 for u in updates]
-    if min(norms) == 0:
+    updates = torch.stack([_flat(sub(r.state["shared"], server)) for r in senders])
+    norms = updates.norm(dim=1, keepdim=True)
+    if float(norms.min()) == 0:
         return None
-    matrix = [[float(dot(u, v)) / (norms[i] * norms[j]) for j, v in enumerate(updates)] for i, u in enumerate(updates)]
-    return {"sites": [r.site for r in senders], "matrix": [[round(x, 4) for x in row] for row in matrix]}
+    matrix = (updates / norms) @ (updates / norms).T
+    return {"sites": [r.site for r in senders], "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()]}
 
 
 def aggregation_error(aggregated: Tensors, replies: Sequence[Reply], slot: str = "general") -> float | None:
@@ -69,16 +75,14 @@ def aggregation_error(aggregated: Tensors, replies: Sequence[Reply], slot: str =
     factors = [pairs(r.state["shared"], slot) for r in senders]
     mean_square = error_square = 0.0
     for layer, pair in merged.items():
-        terms = [f[layer] for f in factors]
-        cross = sum(
-            w * v * float(inner(s, t))
-            for w, s in zip(weights, terms, strict=True)
-            for v, t in zip(weights, terms, strict=True)
-        )
-        mixed = sum(w * float(inner(s, pair)) for w, s in zip(weights, terms, strict=True))
-        mean_square += cross
-        error_square += cross - 2 * mixed + float(inner(pair, pair))
-    return (max(error_square, 0.0) / mean_square) ** 0.5 if mean_square > 0 else None
+        mean = product(concat([f[layer] for f in factors], weights))
+        mean_square += float(mean.double().square().sum())
+        error_square += float((mean - product(pair)).double().square().sum())
+    return (error_square / mean_square) ** 0.5 if mean_square > 0 else None
+
+
+def _flat(tensors: Tensors) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
 def round_diagnostics(

@@ -51,19 +51,21 @@ def federate(
     Raises:
         RunError: in some round no site answered; the server's state of the round before stands.
     """
-    done = run.last_round()
+    journal = run.events()
+    done = max((e["round"] for e in journal if e["event"] == "round"), default=0)
     if done:
         server = run.server(done)
     else:
         run.commit(0, server)
     for round_ in range(done + 1, plan.rounds + 1):
-        if stopped(run.events()):
+        if stopped(journal):
             break
         server, events = one_round(method, server, transport, plan, round_)
-        reason = should_stop(method, [*run.events(), *events], plan, round_)
+        reason = should_stop(method, [*journal, *events], plan, round_)
         if reason:
             events.append({"event": "stop", "round": round_, "reason": reason})
         run.commit(round_, server, *events)
+        journal += events
         for event in events:
             notify(event)
     return server

@@ -27,8 +27,9 @@ class Site:
     """One hospital.
 
     Args:
-        name: slug. data: images after the frozen prefix. initial: adapters and head before training, of which the
-            personal ones are drawn by this site's own address. weight: in the average, usually training images.
+        name: slug. data: images after the frozen prefix. weight: in the average, usually training images.
+        initial: draws adapters and head before training (personal ones by this site's own address); called when
+            needed, so that an idle site takes no memory.
         keep: called with the name of the model and its test predictions, which stay with the site.
         val_limit: at most so many validation images judge a round (a fixed subset); None for all.
     """
@@ -37,7 +38,7 @@ class Site:
     method: Method
     backbone: Backbone
     data: TokenSet
-    initial: Tensors
+    initial: Callable[[], Tensors]
     store: Store
     settings: TrainSettings
     seed: int
@@ -95,7 +96,7 @@ class Site:
 
     def params(self, request: Request) -> Tensors:
         """Return the tensors the site predicts with after ``request.round``, given what it received."""
-        untrained = self.method.init_site(self.initial)
+        untrained = self.method.init_site(self.initial())
         state = untrained if request.model == "general" else self._state(request.round + 1)
         return self.method.personal(request.state, state)
 
@@ -108,7 +109,7 @@ class Site:
 
     def _state(self, round_: int) -> State:
         kept = self.store.before(round_)
-        return kept if kept is not None else self.method.init_site(self.initial)
+        return kept if kept is not None else self.method.init_site(self.initial())
 
     def _few_rows(self) -> np.ndarray:
         rows = self.validation_rows()[:32]
