@@ -13,8 +13,7 @@ from tiny_federation import CLASSES, initial_params, tiny_learner
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import Backbone, load
 from confrere.errors import BackboneError, ConfigError
-from confrere.feed import feed
-from confrere.learner import Batch, Learner, TokenSet, TrainSettings, as_numpy, predict
+from confrere.learner import Batch, Learner, TokenSet, TrainSettings, as_numpy, feed, predict
 from confrere.method import make
 from confrere.prefix import tokens
 
@@ -72,7 +71,7 @@ def test_a_missing_device_and_a_wrong_precision_are_named() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(BackboneError, match="cuda"):
             load("test-vit", lora=LoraSpec(slots=("general",), blocks=1), device="cuda")
-    for key, value in (("precision", "fp8"), ("device", "tpu")):
+    for key, value in (("precision", "fp8"), ("device", "tpu"), ("device", "cuda;x"), ("device", "cpu:1")):
         with pytest.raises(ConfigError, match=key):
             validate({"path": "x", "engine": {key: value}})
 

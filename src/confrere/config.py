@@ -97,7 +97,7 @@ class EngineChoice(Part):
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = Field(default="cpu", pattern=r"(cpu|cuda)(:[0-9]+)?")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$")
 
 
 class Experiment(Part):

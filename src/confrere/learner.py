@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from confrere.backbones import Backbone
 from confrere.errors import TrainingError
-from confrere.feed import feed
 from confrere.objectives import Objective, class_weights, objective
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tensors import Tensors
@@ -99,6 +98,31 @@ class Batch:
         return Batch(self.tokens.pin_memory(), self.labels.pin_memory())
 
 
+def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on ``device``: on CUDA from pinned memory over a stream of their own; on the CPU as they are.
+
+    The CUDA path has not been measured: no machine of ours has one.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    kept: list[
+        Batch
+    ] = []  # pinned sources and copies of this batch and the next: alive until the step that uses them ends
+    for batch in batches:
+        pinned = batch.pinned()
+        with torch.cuda.stream(stream):
+            copy = pinned.to(device)
+        if kept:
+            yield kept[1]
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream(device).synchronize()  # the last step is done: its memory may be used again
+        kept = [pinned, copy]
+    if kept:
+        yield kept[1]
+
+
 @dataclass
 class Learner:
     """What a method's ``update`` may use: training, features and the round it is in."""
@@ -150,7 +174,7 @@ class Learner:
         """
         # Sorted, because the order of a sum decides its last bit and a wire or a file may reorder names.
         device = self.backbone.device
-        leaves = {n: params[n].detach().clone().to(device) for n in sorted(params)}
+        leaves = {n: params[n].detach().to(device, copy=True) for n in sorted(params)}
         trained = [t.requires_grad_() for n, t in leaves.items() if train is None or train(n)]
         cfg = self.settings
         optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)

@@ -38,7 +38,7 @@ def train_once(method_name: str, initial_twist: bool, **options: object) -> dict
     if initial_twist:  # the trap: both adapters start from one draw
         first = site.initial()
         same = {n: first[n.replace(".personal.", ".general.")] if ".personal." in n else t for n, t in first.items()}
-        site.initial = lambda same=same: same  # type: ignore[misc]
+        site.initial = lambda: same
     server = method.init_server(site.initial())
     reply = site.handle(Request(kind="train", round=1, state=method.broadcast(server, "a")))
     return dict(method.personal(reply.state, site.store.before(2) or {}))

@@ -54,8 +54,8 @@ def load(
             architecture, sizes that do not fit, or a device that is not there.
         MissingExtraError: the optional package that reads these weights is not installed.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BackboneError("no CUDA device is there", where=f"device {device}", fix="use device = 'cpu'")
+    if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise BackboneError("no such CUDA device is there", where=f"device {device}", fix="use device = 'cpu'")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     loaded = _read(str(name), size)
     _check_digest(loaded, sha256)

@@ -32,6 +32,7 @@ def adapter_overlap(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict
         outputs: list[float | None] = []
         for layer, x in inputs.items():
             (a_g, b_g), (a_k, b_k) = general[layer], personal[layer]
+            x = x.cpu()  # where the tensors that travel are
             left, right = x @ a_g.T @ b_g.T, x @ a_k.T @ b_k.T
             if left.abs().max() > 0 and right.abs().max() > 0:
                 outputs.append(float(torch.nn.functional.cosine_similarity(left, right, dim=-1).abs().mean()))

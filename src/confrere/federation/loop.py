@@ -51,8 +51,7 @@ def federate(
     Raises:
         RunError: in some round no site answered; the server's state of the round before stands.
     """
-    journal = run.events()
-    done = max((e["round"] for e in journal if e["event"] == "round"), default=0)
+    done, journal = run.last_round(), run.events()
     if done:
         server = run.server(done)
     else:
