@@ -60,8 +60,8 @@ class Model(nn.Module):
 class Client:
     """One site: trains from a given state, evaluates a given state."""
 
-    def __init__(self, folder: Path, site: str, model: Model, job: dict[str, Any], loader_workers: int = 0) -> None:
-        self.job, self.site, self.model, self.loader_workers = job, site, model, loader_workers
+    def __init__(self, folder: Path, site: str, model: Model, job: dict[str, Any], *, autocast: bool = False) -> None:
+        self.job, self.site, self.model, self.autocast = job, site, model, autocast
         self.data, self.entry = Pictures(job, site), job["sites"][site]
         self.weight = self.entry["split"].count(0)
 
@@ -73,8 +73,10 @@ class Client:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=self.job["lr"], weight_decay=self.job["weight_decay"])
         rows = self.entry["batches"][round_ - 1]
-        for pixels, labels in DataLoader(self.data, batch_sampler=rows, num_workers=self.loader_workers):
-            loss = nn.functional.cross_entropy(self.model(pixels), labels)
+        for pixels, labels in DataLoader(self.data, batch_sampler=rows):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                scores = self.model(pixels)
+            loss = nn.functional.cross_entropy(scores.float(), labels)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, self.job["clip"])
@@ -89,8 +91,10 @@ class Client:
         rows = [row for row, s in enumerate(self.entry["split"]) if s == split]
         hits: dict[int, list[bool]] = {}
         subset = torch.utils.data.Subset(self.data, rows)
-        for pixels, labels in DataLoader(subset, batch_size=64, num_workers=self.loader_workers):
-            for said, label in zip(self.model(pixels).argmax(1).tolist(), labels.tolist(), strict=True):
+        for pixels, labels in DataLoader(subset, batch_size=64):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                scores = self.model(pixels)
+            for said, label in zip(scores.argmax(1).tolist(), labels.tolist(), strict=True):
                 hits.setdefault(label, []).append(said == label)
         return float(np.mean([np.mean(v) for v in hits.values()]))
 

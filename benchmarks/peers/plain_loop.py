@@ -1,6 +1,6 @@
 """The whole job by hand: no framework, one process, PyTorch, transformers and PEFT.
 
-python plain_loop.py JOB OUT.json
+python plain_loop.py JOB OUT.json [bf16]    bf16: forward passes under torch.autocast
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from client import Client, Model, average, first_state, open_job
 
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    loader_workers = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    autocast = "bf16" in sys.argv[3:]
     started = time.perf_counter()
     job = open_job(folder)
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     model = Model(job, folder)
-    clients = [Client(folder, site, model, job, loader_workers) for site in sorted(job["sites"])]
+    clients = [Client(folder, site, model, job, autocast=autocast) for site in sorted(job["sites"])]
     state, seconds = first_state(folder), []
     for round_ in range(1, job["rounds"] + 1):
         begun = time.perf_counter()
