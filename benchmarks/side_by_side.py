@@ -64,6 +64,7 @@ class Memory(threading.Thread):
         self.mark, self.peak, self.done = mark, 0, threading.Event()
 
     def run(self) -> None:
+        """Look until told that the program is done."""
         while not self.done.wait(0.5):
             total = 0
             for process in marked(self.mark):
@@ -96,7 +97,16 @@ def command(program: str, job: Path, envs: Path, out: Path, work: Path) -> tuple
     run = f'job="{job}" out="{out}" rounds={settings["rounds"]} sites={sites}'
     cpus = "client-resources-num-cpus=1"
     flwr = str(envs / "flower/bin/flwr")
-    return [flwr, "run", ".", "--stream", "--run-config", run, "--federation-config", f"num-supernodes={sites} {cpus}"], app
+    return [
+        flwr,
+        "run",
+        ".",
+        "--stream",
+        "--run-config",
+        run,
+        "--federation-config",
+        f"num-supernodes={sites} {cpus}",
+    ], app
 
 
 def turn(program: str, job: Path, envs: Path, cache: Path) -> dict[str, Any]:
@@ -148,7 +158,8 @@ def own_results(run: Path) -> dict[str, Any]:
     results = json.loads((run / "results.json").read_text())
     sites = sorted(results["sites"])
     val = next(event for event in reversed(events) if event["event"] == "evaluation")["sites"]
-    test = [results["sites"][site]["balanced_accuracy"] for site in sites]
+    models = [next(iter(results["sites"][site]["models"].values())) for site in sites]
+    test = [model["balanced_accuracy"]["value"] for model in models]
     return {"rounds": ends, "val": [val[site] for site in sites], "test": test}
 
 
@@ -189,11 +200,14 @@ def show(found: dict[str, Any]) -> None:
 
 def machine(envs: Path) -> dict[str, Any]:
     """Return what ran this: processor, cores, versions of every program."""
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
-    ask = "import importlib.metadata as m; print({d: m.version(d) for d in %r if d in {x.name for x in m.distributions()}})"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    known = "{x.name for x in m.distributions()}"
+    ask = f"import importlib.metadata as m; print({{d: m.version(d) for d in %r if d in {known}}})"
     names = ("torch", "transformers", "peft", "flwr", "ray", "nvflare", "pfl", "confrere", "numpy")
     versions = {}
-    for name, python in [("confrere", sys.executable), *((e.name, str(e / "bin/python")) for e in sorted(envs.iterdir()))]:
+    pythons = {"confrere": sys.executable} | {e.name: str(e / "bin/python") for e in sorted(envs.iterdir())}
+    for name, python in pythons.items():
         if not Path(python).exists():
             continue
         said = subprocess.run([python, "-c", ask % (names,)], capture_output=True, text=True, check=True).stdout

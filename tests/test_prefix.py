@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_federation import CLASSES, tiny_backbone
@@ -13,8 +14,8 @@ from tiny_federation import CLASSES, tiny_backbone
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import load
 from confrere.data.federation import SiteImages
-from confrere.errors import DataError
-from confrere.prefix import Stacked, tokens
+from confrere.errors import ConfigError, DataError
+from confrere.prefix import Stacked, join, oriented, tokens
 
 
 def site(n: int = 5, first: int = 0) -> SiteImages:
@@ -83,3 +84,36 @@ def test_stacked_reads_as_one_array(sizes: list[int], data: st.DataObject) -> No
     stacked = Stacked(parts)
     assert len(stacked) == len(whole)
     assert np.array_equal(stacked[rows], whole[rows])
+
+
+def test_views_are_the_eight_orientations_and_only_training_images_have_them(tmp_path: Path) -> None:
+    images = site(n=6)
+    images.split[:] = [1, 0, 0, 2, 0, 1]
+    backbone = tiny_backbone()
+    found = tokens(backbone, images, CLASSES, tmp_path, views=8)
+    assert len({oriented(images.images, view).tobytes() for view in range(8)}) == 8
+    assert len(list(tmp_path.iterdir())) == 8
+    assert all(len(view) == 3 for view in found.views)
+    rows, views = np.array([4, 1, 2, 2]), np.array([3, 0, 7, 1])
+    got = found.batch(rows, views).tokens
+    for k, (row, view) in enumerate(zip(rows, views, strict=True)):
+        # The same batch as the cache computed, as the last bit of a product depends on the batch.
+        whole = images.images if view == 0 else images.images[[1, 2, 4]]
+        at = row if view == 0 else [1, 2, 4].index(row)
+        assert torch.equal(got[k], backbone.prefix(oriented(whole, int(view)))[at])
+
+
+def test_the_pooled_set_finds_the_same_views(tmp_path: Path) -> None:
+    parts = [site(n=4), site(n=3, first=9)]
+    for part in parts:
+        part.split[0] = 2
+    sets = [tokens(tiny_backbone(), part, CLASSES, tmp_path, views=2) for part in parts]
+    pooled = join(sets).batch(np.array([5, 2, 3]), np.array([1, 1, 0]))
+    alone = [sets[1].batch(np.array([1]), np.array([1])), sets[0].batch(np.array([2, 3]), np.array([1, 0]))]
+    assert torch.equal(pooled.tokens, torch.cat([batch.tokens for batch in alone]))
+
+
+def test_eight_views_of_oblong_images_are_refused(tmp_path: Path) -> None:
+    backbone = load("test-vit", lora=LoraSpec(slots=("general",), blocks=1), image_size=(16, 32))
+    with pytest.raises(ConfigError, match="square"):
+        tokens(backbone, site(), CLASSES, tmp_path, views=8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def main() -> None:
     )
     state = read(model)
     found = {
-        "rounds": [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)],
+        "rounds": [after - before for before, after in pairwise(clock.ends)],
         "val": [clients[name].score(state, 1) for name in names],
         "test": [clients[name].score(state, 2) for name in names],
         "torch": torch.__version__,

@@ -64,6 +64,7 @@ class TrainChoice(Part):
     balance: Literal["sampling", "weights", "none"] = "sampling"
     loss: Literal["cross-entropy", "focal"] = "cross-entropy"
     clip: float = Field(default=1.0, gt=0)
+    views: Literal[1, 2, 4, 8] = 1
 
 
 class FederationChoice(Part):

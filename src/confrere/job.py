@@ -133,7 +133,8 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
     def progress(site: str, done: int, total: int) -> None:
         notify({"event": "prefix", "site": site, "done": done, "total": total})
 
-    data = {site.name: tokens(backbone, site, federation.classes, cache_dir(), progress) for site in federation.sites}
+    views, classes, cache = experiment.train.views, federation.classes, cache_dir()
+    data = {site.name: tokens(backbone, site, classes, cache, progress, views) for site in federation.sites}
     return Task(experiment=experiment, method=method, federation=federation, backbone=backbone, data=data)
 
 

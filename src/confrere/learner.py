@@ -29,6 +29,7 @@ class TrainSettings:
             loss by inverse class counts, ``none`` shuffles.
         loss: ``cross-entropy`` or ``focal``.
         clip: largest gradient norm of a step.
+        views: in how many orientations training images are seen: 2 mirrored, 4 also upside down, 8 also turned.
     """
 
     lr: float = 1e-3
@@ -38,6 +39,7 @@ class TrainSettings:
     balance: str = "sampling"
     loss: str = "cross-entropy"
     clip: float = 1.0
+    views: int = 1
 
 
 class Array(Protocol):
@@ -54,6 +56,7 @@ class TokenSet:
 
     Args:
         tokens: float32 array-like (N, tokens, width), usually memory-mapped; int16 holds the bits of bfloat16.
+        views: other orientations of the training images, each (training images, tokens, width).
         labels: int64 (N,). groups: int64 (N,), opaque patient numbers. split: int8 (N,), 0 train, 1 val, 2 test.
     """
 
@@ -62,14 +65,20 @@ class TokenSet:
     groups: np.ndarray
     split: np.ndarray
     classes: tuple[str, ...]
+    views: tuple[Array, ...] = ()
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of ``train``, ``val`` or ``test``."""
         return np.flatnonzero(self.split == ("train", "val", "test").index(split))
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """Return the rows as tensors, copied out of the memory map."""
-        tokens = torch.from_numpy(np.array(self.tokens[rows]))
+    def batch(self, rows: np.ndarray, views: np.ndarray | None = None) -> Batch:
+        """Return the rows as tensors, copied out of the memory map; training rows in the orientation of ``views``."""
+        found = np.array(self.tokens[rows])
+        if views is not None:
+            at = np.searchsorted(self.rows("train"), rows)
+            for view in np.unique(views[views > 0]):
+                found[views == view] = self.views[view - 1][at[views == view]]
+        tokens = torch.from_numpy(found)
         if tokens.dtype == torch.int16:
             tokens = tokens.view(torch.bfloat16)
         return Batch(tokens, torch.from_numpy(self.labels[rows]))
@@ -148,8 +157,14 @@ class Learner:
         else:
             epochs = math.ceil(steps * size / len(rows))
             order = np.concatenate([rng.permutation(rows) for _ in range(epochs)])[: steps * size]
+        if self.settings.views == 1:
+            views = None
+        else:
+            draw = numpy_generator(self.seed, "views", tag, self.round, self.site)
+            views = draw.integers(self.settings.views, size=len(order))
         for step in range(steps):
-            yield self.data.batch(order[step * size : (step + 1) * size])
+            part = slice(step * size, (step + 1) * size)
+            yield self.data.batch(order[part], None if views is None else views[part])
 
     def fit(
         self,

@@ -11,11 +11,18 @@ import numpy as np
 
 from confrere.backbones import Backbone
 from confrere.data.federation import SiteImages
-from confrere.errors import DataError
+from confrere.errors import ConfigError, DataError
 from confrere.learner import Array, TokenSet, as_numpy
 from confrere.seeds import derive
 
 BATCH = 64
+
+
+def oriented(images: np.ndarray, view: int) -> np.ndarray:
+    """Return images (B, H, W, 3) in one of 8 orientations: bit 0 mirrors, bit 1 turns upside down, bit 2 transposes."""
+    images = images.transpose(0, 2, 1, 3) if view & 4 else images
+    images = images[:, :, ::-1] if view & 1 else images
+    return np.ascontiguousarray(images[:, ::-1] if view & 2 else images)
 
 
 def cache_dir() -> Path:
@@ -52,21 +59,32 @@ def tokens(
     classes: tuple[str, ...],
     cache: Path,
     progress: Callable[[str, int, int], None] | None = None,
+    views: int = 1,
 ) -> TokenSet:
-    """Return the tokens of all images of ``site``, from the cache when they are there.
+    """Return the tokens of all images of ``site``, and of training images in all ``views``, cached where possible.
 
     The key covers weights, cut, normalisation, image size and every image's hash, so a wrong hit cannot happen.
 
     Raises:
         DataError: the cache cannot be written.
+        ConfigError: eight views of images that are not square.
     """
-    key = derive(0, "prefix", backbone.prefix_digest, *site.digests)
-    path = cache / f"tokens-{key:016x}.npy"
-    kept = _kept(path, len(site.labels))
-    if kept is None:
-        _compute(backbone, site, path, progress)
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
-    return TokenSet(tokens=kept, labels=site.labels, groups=site.groups, split=site.split, classes=classes)
+    height, width = backbone.image_size
+    if views > 4 and height != width:
+        raise ConfigError("images that are not square have four views", where="train.views", fix="use 1, 2 or 4")
+    every, train = np.arange(len(site.labels)), np.flatnonzero(site.split == 0)
+
+    def kept(view: int) -> Array:
+        return _cached(backbone, site, every if view == 0 else train, view, cache, progress)
+
+    return TokenSet(
+        tokens=kept(0),
+        views=tuple(kept(view) for view in range(1, views)),
+        labels=site.labels,
+        groups=site.groups,
+        split=site.split,
+        classes=classes,
+    )
 
 
 def join(sets: Sequence[TokenSet]) -> TokenSet:
@@ -74,11 +92,31 @@ def join(sets: Sequence[TokenSet]) -> TokenSet:
     first = sets[0]
     return TokenSet(
         tokens=Stacked([s.tokens for s in sets]),
+        views=tuple(Stacked(same) for same in zip(*(s.views for s in sets), strict=True)),
         labels=np.concatenate([s.labels for s in sets]),
         groups=np.concatenate([s.groups for s in sets]),
         split=np.concatenate([s.split for s in sets]),
         classes=first.classes,
     )
+
+
+def _cached(
+    backbone: Backbone,
+    site: SiteImages,
+    rows: np.ndarray,
+    view: int,
+    cache: Path,
+    progress: Callable[[str, int, int], None] | None,
+) -> np.ndarray:
+    """Return the tokens of some images in one orientation, computed if the cache has none."""
+    turned = (f"view {view}",) if view else ()
+    key = derive(0, "prefix", backbone.prefix_digest, *turned, *(site.digests[row] for row in rows))
+    path = cache / f"tokens-{key:016x}.npy"
+    kept = _kept(path, len(rows))
+    if kept is None:
+        _compute(backbone, site, rows, view, path, progress)
+        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+    return kept
 
 
 def _kept(path: Path, rows: int) -> np.ndarray | None:
@@ -91,9 +129,14 @@ def _kept(path: Path, rows: int) -> np.ndarray | None:
 
 
 def _compute(
-    backbone: Backbone, site: SiteImages, path: Path, progress: Callable[[str, int, int], None] | None
+    backbone: Backbone,
+    site: SiteImages,
+    rows: np.ndarray,
+    view: int,
+    path: Path,
+    progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    total = len(site.labels)
+    total = len(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".npy")
@@ -101,7 +144,8 @@ def _compute(
         try:
             out = None
             for start in range(0, total, BATCH):
-                part = as_numpy(backbone.prefix(site.images[np.arange(start, min(start + BATCH, total))]))
+                images = oriented(site.images[rows[start : start + BATCH]], view)
+                part = as_numpy(backbone.prefix(images))
                 if out is None:
                     out = np.lib.format.open_memmap(name, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
                 out[start : start + len(part)] = part

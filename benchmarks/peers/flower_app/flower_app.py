@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-site, server = ClientApp(), ServerApp()
+site = ClientApp()
+server = ServerApp()
 
 
 def _client(context: Context) -> Client:
@@ -85,7 +87,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     first = ArrayRecord(first_state(Path(str(settings["job"]))))
     strategy.start(grid=grid, initial_arrays=first, num_rounds=rounds, timeout=3600)
-    seconds = [after - before for before, after in zip(strategy.ends, strategy.ends[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(strategy.ends)]
     found = {
         "rounds": seconds,
         "val": [score["val"] for score in strategy.scores],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,13 +19,12 @@ from nvflare.recipe import SimEnv
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
-from client import open_job
-from shared_state import Adapters
+from client import open_job  # noqa: E402  beside this folder
+from shared_state import Adapters  # noqa: E402
 
 
 def main() -> None:
     folder, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
-    threads = int(sys.argv[3]) if len(sys.argv) > 3 else 2
     job = open_job(folder)
     with tempfile.TemporaryDirectory() as work:
         recipe = FedAvgRecipe(
@@ -36,11 +36,11 @@ def main() -> None:
             train_args=f"{HERE.parent} {folder} {work}",
             server_expected_format=ExchangeFormat.PYTORCH,
         )
-        recipe.execute(SimEnv(num_clients=len(job["sites"]), num_threads=threads, workspace_root=f"{work}/simulation"))
+        recipe.execute(SimEnv(num_clients=len(job["sites"]), workspace_root=f"{work}/simulation"))
         scores = [json.loads(path.read_text()) for path in sorted(Path(work).glob("*.json"))]
     ends = [max(each) for each in zip(*(score["ends"] for score in scores), strict=True)]
     found = {
-        "rounds": [after - before for before, after in zip(ends, ends[1:], strict=False)],
+        "rounds": [after - before for before, after in pairwise(ends)],
         "val": [score["val"] for score in scores],
         "test": [score["test"] for score in scores],
         "torch": torch.__version__,

@@ -60,6 +60,15 @@ class Anatomy:
                 delattr(holder, str(index))
 
 
+def unfuse_attention(root: Any) -> None:
+    """Let attention be plain matrix products: on CPUs the fused one's backward pass is slow in bfloat16."""
+    if hasattr(root, "set_attn_implementation"):
+        root.set_attn_implementation("eager")
+    for module in root.modules():
+        if hasattr(module, "fused_attn"):  # timm
+            module.fused_attn = False
+
+
 def of_transformers(model: Any, image_size: tuple[int, int]) -> Anatomy:
     """Return the anatomy of a transformers vision model for images of ``image_size`` (height, width)."""
     config = model.config

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from confrere.adapters.lora import LoraSpec
-from confrere.backbones.anatomy import Anatomy
+from confrere.backbones.anatomy import Anatomy, unfuse_attention
 from confrere.backbones.backbone import Backbone, Precision
 from confrere.backbones.registry import REGISTRY, Entry, Pool, entry
 from confrere.errors import BackboneError
@@ -73,6 +73,8 @@ def _build(
     kept = _check_depth(depth, len(anatomy.blocks), spec, known.name)
     sizes = _targets(anatomy, kept, spec) if spec.slots else {}
     anatomy.drop_blocks_after(kept)
+    if precision == "bf16" and device == "cpu":
+        unfuse_attention(anatomy.root)
     return Backbone(
         anatomy,
         known,
