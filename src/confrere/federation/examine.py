@@ -7,26 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from confrere.backbones import Backbone
-from confrere.learner import TokenSet, predict
+from confrere.learner import TokenSet
 from confrere.metrics.calibration import ece, fit_temperature, reliability
 from confrere.metrics.classification import evaluate
 from confrere.seeds import numpy_generator
-from confrere.tensors import Tensors
 
 
 def examine(
-    backbone: Backbone, params: Tensors, data: TokenSet, seed: int, site: str
+    known: Tensor, logits: Tensor, data: TokenSet, seed: int, site: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the numbers that may leave the site, and the predictions that may not.
 
-    The temperature is fitted on validation images; probabilities are calibrated with it before they are judged
-    on test images.
+    ``known`` and ``logits`` (images, K) are of the validation and of the test images. The temperature is fitted on
+    validation images; probabilities are calibrated with it before they are judged on test images.
     """
     validation, rows = data.rows("val"), data.rows("test")
-    known = predict(backbone, params, data, validation).double()
-    temperature = fit_temperature(known.numpy(), data.labels[validation])
-    logits = predict(backbone, params, data, rows).double()
+    temperature = fit_temperature(known.double().numpy(), data.labels[validation])
+    logits = logits.double()
     labels, groups = data.labels[rows], data.groups[rows]
     raw, calibrated = logits.softmax(1).numpy(), (logits / temperature).softmax(1).numpy()
     rng = numpy_generator(seed, "bootstrap", site)
