@@ -182,6 +182,19 @@ def summary(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def regressions(found: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Return a line for every ratio that fell by more than a fifth."""
+    before = {(row["ours"], row["other"]): row for row in committed["ratios"]}
+    lines = []
+    for row in found["ratios"]:
+        then = before.get((row["ours"], row["other"]), row)
+        for key in ("whole", "rounds", "memory"):
+            if row[key][0] < 0.8 * then[key][0]:
+                name = f"{row['other']} / {row['ours']}"
+                lines.append(f"regression: {name}, {key}: {row[key][0]:.2f}, was {then[key][0]:.2f}")
+    return lines
+
+
 def show(found: dict[str, Any]) -> None:
     """Print times and ratios."""
     for program in dict.fromkeys(entry["program"] for entry in found["turns"]):
@@ -198,7 +211,7 @@ def show(found: dict[str, Any]) -> None:
         print(f"{row['other']} / {row['ours']}: {text} · score gap {row['score_gap'][0]:+.4f} · {row['pairs']} pairs")
 
 
-def machine(envs: Path) -> dict[str, Any]:
+def machine(envs: Path | None) -> dict[str, Any]:
     """Return what ran this: processor, cores, versions of every program."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
@@ -206,7 +219,9 @@ def machine(envs: Path) -> dict[str, Any]:
     ask = f"import importlib.metadata as m; print({{d: m.version(d) for d in %r if d in {known}}})"
     names = ("torch", "transformers", "peft", "flwr", "ray", "nvflare", "pfl", "confrere", "numpy")
     versions = {}
-    pythons = {"confrere": sys.executable} | {e.name: str(e / "bin/python") for e in sorted(envs.iterdir())}
+    pythons = {"confrere": sys.executable} | {
+        e.name: str(e / "bin/python") for e in (sorted(envs.iterdir()) if envs else ())
+    }
     for name, python in pythons.items():
         if not Path(python).exists():
             continue
@@ -228,6 +243,7 @@ def main() -> None:
     parser.add_argument("--programs", default="confrere,plain")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--committed", type=Path, help="an earlier result: exit 1 if a ratio fell by over a fifth")
     args = parser.parse_args()
     job, envs = args.job.resolve(), args.envs.resolve()
     settings = tomllib.loads((job / "experiment.toml").read_text())
@@ -247,6 +263,8 @@ def main() -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
+    worse = regressions(found, json.loads(args.committed.read_text())) if args.committed else []
+    raise SystemExit("\n".join(worse) if worse else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Do time and memory grow with the number of sites? The same images dealt out to 4, 16, 64 and 256 of them.
+
+    python benchmarks/scaling.py ham10000.csv --sites 4,16,64,256 --steps 256 --out scaling.json
+
+Every run takes ``--steps`` optimiser steps a round in total, whatever the number of sites. Each number of sites runs
+twice: the first run fills the cache, the second is measured (start to report). A table of the same images without the
+column ``site`` is written beside the given one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from side_by_side import MARK, Memory, machine
+
+
+def pooled(table: Path) -> Path:
+    """Return the table without its sites."""
+    out = table.with_name(f"{table.stem}-pooled.csv")
+    with table.open(newline="") as source, out.open("w", newline="") as target:
+        reader = csv.DictReader(source)
+        names = [name for name in reader.fieldnames or [] if name != "site"]
+        writer = csv.DictWriter(target, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(reader)
+    return out
+
+
+def run(table: Path, sites: int, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """Return time and peak memory of one run."""
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="bench-") as work:
+        line = [sys.executable, "-m", "confrere", "run", str(table), "--out", f"{work}/run", "--method", args.method]
+        line += [f"rounds={args.rounds}", "controls=[]", f"train.steps={max(1, args.steps // sites)}"]
+        line += ["train.batch_size=32", f"selection.every={args.rounds}", "backbone.depth=12", "adapter.blocks=4"]
+        line += [f"engine.precision={args.precision}", "backbone.image_size=98", "threads=1"]
+        line += [f'data.partition={{by="quantity",alpha=1000.0,sites={sites}}}']
+        memory = Memory(mark)
+        memory.start()
+        began = time.perf_counter()
+        environment = {**os.environ, MARK: mark, "CONFRERE_CACHE": str(cache)}
+        done = subprocess.run(line, env=environment, capture_output=True, text=True)
+        took = time.perf_counter() - began
+        memory.done.set()
+        memory.join()
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        events = [json.loads(text) for text in Path(work, "run/events.jsonl").read_text().splitlines()]
+        results = json.loads(Path(work, "run/results.json").read_text())
+    rounds = [event["seconds"] for event in events if event["event"] == "round"]
+    training = results["seconds"]
+    return {
+        "sites": sites,
+        "seconds": took,
+        "train_to_export": training,
+        "rounds": rounds,
+        "peak_mb": memory.peak / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--sites", default="4,16,64,256")
+    parser.add_argument("--method", default="fedopal")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=256, help="a round, over all sites")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--cache", type=Path, help="kept, so that a benchmark that was stopped continues soon")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    table, found = pooled(args.table), []
+    with tempfile.TemporaryDirectory() as own:
+        cache = (args.cache or Path(own)).resolve()
+        for sites in map(int, args.sites.split(",")):
+            run(table, sites, args, cache)
+            found.append(run(table, sites, args, cache))
+            row = found[-1]
+            growth = [row[key] / found[0][key] for key in ("seconds", "peak_mb")]
+            print(f"{sites:4d} sites: {row['seconds']:.1f} s (x{growth[0]:.2f}), ", end="")
+            print(f"{row['peak_mb']:.0f} MB (x{growth[1]:.2f}), rounds {row['rounds']}", flush=True)
+            if args.out:
+                settings = {k: v for k, v in vars(args).items() if k not in ("out", "table", "cache")}
+                kept = {"date": str(date.today()), "machine": machine(None), **settings, "runs": found}
+                args.out.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
