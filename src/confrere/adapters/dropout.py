@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -27,13 +25,3 @@ class SeededDropout(nn.Module):
         mask = (bits >= self.dropped - 32768).to(values).mul_(65536 / (65536 - self.dropped))
         return values * mask
 
-
-def replace_dropout(module: nn.Module, layers: Iterable[str], rate: float) -> list[SeededDropout]:
-    """Put :class:`SeededDropout` in place of PEFT's dropout in every slot of ``layers``; return them."""
-    replaced = []
-    for path in layers:
-        slots = module.get_submodule(f"{path}.lora_dropout")
-        for slot in [name for name, _ in slots.named_children()]:
-            replaced.append(SeededDropout(rate))
-            setattr(slots, slot, replaced[-1])
-    return replaced

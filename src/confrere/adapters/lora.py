@@ -1,4 +1,4 @@
-"""LoRA slots on a frozen module; the only place that imports PEFT.
+"""LoRA slots on a frozen module.
 
 A slot is one named low-rank branch, e.g. ``general``. All slots of a layer are summed:
 ``y = W x + scale * sum_s B_s A_s x`` with ``A_s: (r_s, d_in)`` and ``B_s: (d_out, r_s)``.
@@ -8,7 +8,6 @@ The name of a tensor is PEFT's own, slot included: ``<layer>.lora_A.<slot>.weigh
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -124,29 +123,20 @@ def init(shapes: Mapping[str, tuple[int, int]], generator: torch.Generator) -> d
 
 
 def inject(module: nn.Module, layers: Sequence[str], spec: LoraSpec) -> list[SeededDropout]:
-    """Wrap ``layers`` of ``module`` in place with one PEFT branch per slot, all active and frozen.
+    """Put a :class:`LoraLinear` around each of ``layers`` in place, and freeze the module.
 
-    The branches' own weights are rank-1 placeholders: callers always pass tensors by name
+    The branches' own weights are empty placeholders: callers always pass tensors by name
     (:func:`torch.func.functional_call`), which is also why ranks may differ between slots and sites. Returns
-    the branches' dropouts.
+    the layers' dropouts.
     """
-    import peft
-    import peft.functional
-    import torch
+    from confrere.adapters.layer import LoraLinear
 
-    from confrere.adapters.dropout import replace_dropout
-
-    for slot in spec.slots:
-        config = peft.LoraConfig(
-            r=1, lora_alpha=spec.scale, lora_dropout=spec.dropout, target_modules=list(layers), bias="none"
-        )
-        # PEFT initialises its placeholders from the global generator.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # Two slots on one module is the point here, not an accident.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            peft.inject_adapter_in_model(config, module, adapter_name=slot)
-    if spec.slots:
-        peft.functional.set_adapter(module, list(spec.slots))
+    wrapped = []
+    for path in layers if spec.slots else ():
+        parent, _, leaf = path.rpartition(".")
+        owner = module.get_submodule(parent)
+        wrapped.append(LoraLinear(getattr(owner, leaf), spec.slots, spec.scale, spec.dropout))
+        setattr(owner, leaf, wrapped[-1])
     module.requires_grad_(False)
     module.eval()
-    return replace_dropout(module, layers, spec.dropout) if spec.slots and spec.dropout else []
+    return [layer.dropout for layer in wrapped]

@@ -150,9 +150,7 @@ class Backbone:
         if self.anatomy.embed is None:
             return tokens
         tokens = self.anatomy.embed(tokens)
-        for block in self.anatomy.blocks[: self.cut]:
-            tokens = block(tokens, **self.anatomy.block_kwargs)
-        return tokens.contiguous()
+        return self._suffix.through(tokens, 0, self.cut).contiguous()
 
     def features(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
         """Return float32 feature vectors (B, F) with gradient with respect to ``params``.

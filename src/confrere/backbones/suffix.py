@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from confrere.adapters.dropout import SeededDropout
 from confrere.backbones.anatomy import Anatomy
-from confrere.backbones.last_block import SHORTCUT_FAMILIES, class_token_only
+from confrere.backbones import block
 from confrere.backbones.registry import Pool
 
 
@@ -24,14 +24,15 @@ class Suffix(nn.Module):
     Attributes:
         root: the whole frozen module, whose names adapters go by.
         anatomy: where its parts are.
-        shortcut: the last block computes only what the class token needs (same result, a fifth less work).
+        shortcut: the last block computes only what the class token needs (same result, less work).
     """
 
     def __init__(self, anatomy: Anatomy, *, cut: int, pool: Pool, layers: Sequence[str]) -> None:
         super().__init__()
         self.root, self.cut, self.pool, self.layers = anatomy.root, cut, pool, tuple(layers)
         self.anatomy = anatomy
-        self.shortcut = pool == "cls" and anatomy.family in SHORTCUT_FAMILIES
+        self.lean = anatomy.family in block.LAYOUTS
+        self.shortcut = pool == "cls" and self.lean
 
     def twin(self) -> Suffix:
         """Return a copy of the modules that shares every frozen tensor: a few hundred kB, whatever the model's size."""
@@ -52,13 +53,18 @@ class Suffix(nn.Module):
         anatomy = self.anatomy
         if anatomy.whole is not None:
             return anatomy.whole(tokens)
-        blocks = anatomy.blocks
-        for index in range(self.cut, len(blocks)):
-            if index == len(blocks) - 1 and self.shortcut:
-                tokens = class_token_only(blocks[index], tokens)
+        return self._pool(self.through(tokens, self.cut, len(anatomy.blocks)))
+
+    def through(self, tokens: Tensor, first: int, end: int) -> Tensor:
+        """Return tokens (B, N, D) after the blocks ``first`` to ``end - 1``."""
+        blocks = self.anatomy.blocks
+        for index in range(first, end):
+            if self.lean:
+                last = self.shortcut and index == len(blocks) - 1
+                tokens = block.forward(blocks[index], tokens, class_token=last)
             else:
-                tokens = blocks[index](tokens, **anatomy.block_kwargs)
-        return self._pool(tokens)
+                tokens = blocks[index](tokens, **self.anatomy.block_kwargs)
+        return tokens
 
     def _pool(self, tokens: Tensor) -> Tensor:
         norm, after = self.anatomy.norm, self.anatomy.after_pool

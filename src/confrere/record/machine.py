@@ -17,7 +17,7 @@ def cores() -> int:
 
 def machine() -> dict[str, Any]:
     """Return what bit-identity is promised for: versions, threads and processor capability."""
-    packages = ("confrere", "torch", "numpy", "peft", "transformers", "safetensors", "scikit-learn", "pillow")
+    packages = ("confrere", "torch", "numpy", "transformers", "safetensors", "scikit-learn", "pillow")
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
