@@ -1,10 +1,10 @@
-"""What does the framework itself cost? Rounds in which sites take no optimiser step.
+"""What does the framework itself cost? Rounds of sites that send back what they received, with a model of no work.
 
     python benchmarks/overhead.py --out overhead.json
 
 Everything else happens: broadcast, the site's entry, checks, storing state and reply on disk, averaging, diagnostics,
 journal. Prints milliseconds a round for 1 to 256 sites and two sizes of adapter, and a least-squares fit
-``a round + sites + megabytes moved``. The backbone is the tiny test model, so that its checks cost little.
+``a round + sites + megabytes moved``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from itertools import pairwise
@@ -21,17 +22,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from confrere import methods as _methods  # noqa: F401  fills the registry
 from confrere.adapters import head, lora
 from confrere.backbones import Backbone, load
 from confrere.federation.loop import Plan, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess
-from confrere.learner import TokenSet, TrainSettings, as_numpy
-from confrere.method import make
+from confrere.learner import Learner, TokenSet, TrainSettings, as_numpy
+from confrere.method import Method
 from confrere.record.run import Run
-from confrere.tensors import Tensors, n_bytes
+from confrere.tensors import State, Tensors, n_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Method):
+    """A site sends back what it received."""
+
+    def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
+        """Return what was received."""
+        return self.split(self.personal(received, state))
+
+
+class NoModel:
+    """Stands in for the backbone: every class scores zero."""
+
+    def logits(self, params: Tensors, tokens: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros(len(tokens), 2)
 
 
 def first(backbone: Backbone, rank: int) -> Tensors:
@@ -42,14 +60,14 @@ def first(backbone: Backbone, rank: int) -> Tensors:
 
 def rounds(backbone: Backbone, data: TokenSet, sites: int, rank: int, count: int) -> tuple[float, float]:
     """Return milliseconds and megabytes moved of a round, the median of ``count``."""
-    method = make("fedit")
+    method = Idle()
     with tempfile.TemporaryDirectory() as name:
         run = Run(Path(name))
         members = {
             site: Site(
                 name=site,
                 method=method,
-                backbone=backbone,
+                backbone=NoModel(),  # type: ignore[arg-type]
                 data=data,
                 initial=partial(first, backbone, rank),
                 store=run.store(site),

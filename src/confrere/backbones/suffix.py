@@ -25,12 +25,14 @@ class Suffix(nn.Module):
         root: the whole frozen module, whose names adapters go by.
         anatomy: where its parts are.
         shortcut: the last block computes only what the class token needs (same result, less work).
+        dropouts: of all adapter branches.
     """
 
     def __init__(self, anatomy: Anatomy, *, cut: int, pool: Pool, layers: Sequence[str]) -> None:
         super().__init__()
         self.root, self.cut, self.pool, self.layers = anatomy.root, cut, pool, tuple(layers)
         self.anatomy = anatomy
+        self.dropouts = [module for module in self.root.modules() if isinstance(module, SeededDropout)]
         self.lean = anatomy.family in block.LAYOUTS
         self.shortcut = pool == "cls" and self.lean
 
@@ -42,11 +44,6 @@ class Suffix(nn.Module):
         for dropout in other.dropouts:
             dropout.generator = None
         return other
-
-    @property
-    def dropouts(self) -> list[SeededDropout]:
-        """Return the dropouts of all adapter branches."""
-        return [module for module in self.root.modules() if isinstance(module, SeededDropout)]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return features (B, F) of tokens (B, N, D), or of images where the module cannot be cut."""

@@ -145,10 +145,10 @@ def check_payload(method: Method, site: str, round_: int, payload: State) -> Non
                 where=where,
                 fix=f"{method.name} may send only {', '.join(method.sends) or 'nothing'}",
             )
-        for name, value in tensors.items():
-            if not torch.isfinite(value).all():
-                raise UpdateRefusedError(
-                    "a tensor holds a value that is not finite",
-                    where=f"{where}, {name}",
-                    fix="lower train.lr",
-                )
+        if tensors and not torch.isfinite(torch.cat([value.flatten() for value in tensors.values()])).all():
+            name = next(name for name, value in tensors.items() if not torch.isfinite(value).all())
+            raise UpdateRefusedError(
+                "a tensor holds a value that is not finite",
+                where=f"{where}, {name}",
+                fix="lower train.lr",
+            )
