@@ -193,11 +193,12 @@ def _charts(summary: Json) -> dict[str, str]:
     if summary["kind"] != "run":
         return {}
     drawn = {}
-    curves = summary["curves"]
-    for index, site in enumerate(curves["sites"] if curves else ()):
-        drawn[f"learning/{site}"] = charts.learning(curves["sites"], site, curves["chosen"], f"l{index}")
+    curves, shown = summary["curves"], set(summary["drawn"])
+    lines = {site: points for site, points in curves["sites"].items() if site in shown} if curves else {}
+    for index, site in enumerate(lines):
+        drawn[f"learning/{site}"] = charts.learning(lines, site, curves["chosen"], f"l{index}")
     for index, site in enumerate(summary["sites"]):
-        if site["reliability"]:
+        if site["reliability"] and site["name"] in shown:
             drawn[f"reliability/{site['name']}"] = charts.reliability(site["reliability"], f"r{index}")
     for measure, lines in (summary["separation"] or {}).items():
         drawn[f"separation/{measure}"] = charts.separation(lines["before"], lines["after"], f"o{measure}")

@@ -28,6 +28,8 @@ MODEL_TITLES = {
     "local": "Trained alone",
     "pooled": "Pooled data",
 }
+DRAWN = 24
+"""Curves, reliability and confusions of at most so many hospitals are on the page: no reader looks at hundreds."""
 OTHER_TITLES = {"local": "training alone", "pooled": "pooling all data"}
 
 
@@ -59,6 +61,7 @@ def summarize(run: Path) -> Json:
         "verdicts": verdicts,
         "models": [{"key": key, "title": title_of(key)} for key in models],
         "sites": sites,
+        "drawn": _drawn(sites),
         "notes": _notes(sites),
         "across": [_across(key, sites, as_dict(results.get("summary"))) for key in models],
         **progress.sections(events or [], results),
@@ -95,6 +98,17 @@ def gain_limit(gains: Iterable[Json]) -> float:
     """Return the half-width of a symmetric axis that holds all intervals: a multiple of 0.05."""
     ends = [abs(end) for gain in gains for key in ("gain", "low", "high") if (end := number(gain.get(key))) is not None]
     return max(0.05, math.ceil(round(max(ends, default=0.0) * 20, 6)) / 20)
+
+
+def _drawn(sites: list[Json]) -> list[str]:
+    """Return the hospitals that have panels of their own: all, or those whose model scores lowest."""
+
+    def value(site: Json) -> float:
+        scores = site["models"][site["main"]]["metrics"] if site["main"] else {}
+        return number(as_dict(scores.get("balanced_accuracy")).get("value")) or 0.0
+
+    lowest = sorted(sites, key=lambda site: (value(site), site["name"]))[:DRAWN]
+    return sorted(site["name"] for site in lowest)
 
 
 def _controls(run: Path) -> dict[str, Json]:
