@@ -20,18 +20,28 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from confrere.adapters import head, lora
 from confrere.backbones import load
 from confrere.tensors import Tensors
 
 KINDS = {
-    "matrix products": ("addmm", "::mm", "mkldnn_linear", "::linear"),
-    "attention": ("::bmm", "attention", "softmax"),
-    "optimiser and clipping": ("foreach", "linalg_vector_norm", "lerp", "addcdiv", "addcmul"),
+    "matrix products": ("::addmm", "::mm", "::linear"),
+    "attention": ("bmm", "attention", "softmax"),
+    "optimiser and clipping": ("foreach", "linalg_vector_norm", "lerp", "addcdiv", "Optimizer"),
     "norms and activations": ("layer_norm", "gelu"),
+    "residuals and sums": ("::add", "::mul", "::sum"),
     "copies and type changes": ("copy", "contiguous", "clone", "_to_copy"),
+}
+
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# The counter knows these kernels for GPUs only.
+COUNTED = {
+    FUSED: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    FUSED_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
 }
 
 
@@ -96,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     best = peak(backbone.dtype)
     found: dict[str, Any] = {"peak_gflops": best / 1e9}
     for name, work in (("step", step), ("prefix", prefix)):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             work()
         took = seconds(work, args.repeats)
         rate = counter.get_total_flops() / took
@@ -117,7 +127,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    colours = ["#31688e", "#35b779", "#fde725", "#90d743", "#443983", "#bbbbbb"]
+    colours = ["#31688e", "#35b779", "#fde725", "#90d743", "#f0f0a0", "#443983", "#bbbbbb"]
     figure, axes = pyplot.subplots(figsize=(8, 2.2))
     named = {name: colours[i] for i, name in enumerate([*KINDS, "the rest"])}
     for row, part in enumerate(("prefix", "step")):
@@ -159,6 +169,7 @@ def main() -> None:
         draw(found, args.picture)
     if args.out:
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "picture")}
+        found["figures"] = {f"{part}, share of the peak": found[part]["of_peak"] for part in ("step", "prefix")}
         what = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": platform.python_version()}
         args.out.write_text(json.dumps({"date": str(date.today()), **what, **settings, **found}, indent=1) + "\n")
 

@@ -1,9 +1,9 @@
 """Do time and memory grow with the number of sites? The same images dealt out to 4, 16, 64 and 256 of them.
 
-    python benchmarks/scaling.py ham10000.csv --sites 4,16,64,256 --steps 256 --out scaling.json
+    python benchmarks/scaling.py ham10000.csv --sites 4,16,64,256 --steps 1024 --out scaling.json
 
-Every run takes ``--steps`` optimiser steps a round in total, whatever the number of sites. Each number of sites runs
-twice: the first run fills the cache, the second is measured (start to report). A table of the same images without the
+Every run takes ``--steps`` optimiser steps a round in total, whatever the number of sites. A run of one step a site
+fills the cache first; then one is measured from start to report. A table of the same images without the
 column ``site`` is written beside the given one.
 """
 
@@ -37,13 +37,14 @@ def pooled(table: Path) -> Path:
     return out
 
 
-def run(table: Path, sites: int, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """Return time and peak memory of one run."""
+def run(table: Path, sites: int, args: argparse.Namespace, cache: Path, *, fill: bool = False) -> dict[str, Any]:
+    """Return time and peak memory of one run; ``fill`` takes one step a site."""
+    rounds, steps = (1, 1) if fill else (args.rounds, max(1, args.steps // sites))
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         line = [sys.executable, "-m", "confrere", "run", str(table), "--out", f"{work}/run", "--method", args.method]
-        line += [f"rounds={args.rounds}", "controls=[]", f"train.steps={max(1, args.steps // sites)}"]
-        line += ["train.batch_size=32", f"selection.every={args.rounds}", "backbone.depth=12", "adapter.blocks=4"]
+        line += [f"rounds={rounds}", "controls=[]", f"train.steps={steps}"]
+        line += ["train.batch_size=32", f"selection.every={rounds}", "backbone.depth=12", "adapter.blocks=4"]
         line += [f"engine.precision={args.precision}", "backbone.image_size=98", "threads=1"]
         line += [f'data.partition={{by="quantity",alpha=1000.0,sites={sites}}}']
         memory = Memory(mark)
@@ -58,13 +59,11 @@ def run(table: Path, sites: int, args: argparse.Namespace, cache: Path) -> dict[
             raise SystemExit(done.stderr)
         events = [json.loads(text) for text in Path(work, "run/events.jsonl").read_text().splitlines()]
         results = json.loads(Path(work, "run/results.json").read_text())
-    rounds = [event["seconds"] for event in events if event["event"] == "round"]
-    training = results["seconds"]
     return {
         "sites": sites,
         "seconds": took,
-        "train_to_export": training,
-        "rounds": rounds,
+        "train_to_export": results["seconds"],
+        "rounds": [event["seconds"] for event in events if event["event"] == "round"],
         "peak_mb": memory.peak / 1e6,
     }
 
@@ -75,7 +74,7 @@ def main() -> None:
     parser.add_argument("--sites", default="4,16,64,256")
     parser.add_argument("--method", default="fedopal")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=256, help="a round, over all sites")
+    parser.add_argument("--steps", type=int, default=1024, help="a round, over all sites")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--cache", type=Path, help="kept, so that a benchmark that was stopped continues soon")
     parser.add_argument("--out", type=Path)
@@ -84,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as own:
         cache = (args.cache or Path(own)).resolve()
         for sites in map(int, args.sites.split(",")):
-            run(table, sites, args, cache)
+            run(table, sites, args, cache, fill=True)
             found.append(run(table, sites, args, cache))
             row = found[-1]
             growth = [row[key] / found[0][key] for key in ("seconds", "peak_mb")]
@@ -92,7 +91,17 @@ def main() -> None:
             print(f"{row['peak_mb']:.0f} MB (x{growth[1]:.2f}), rounds {row['rounds']}", flush=True)
             if args.out:
                 settings = {k: v for k, v in vars(args).items() if k not in ("out", "table", "cache")}
-                kept = {"date": str(date.today()), "machine": machine(None), **settings, "runs": found}
+                ratios = {
+                    f"{key}, {found[0]['sites']} sites over {sites}": found[0][key] / row[key]
+                    for key in ("seconds", "peak_mb")
+                }
+                kept = {
+                    "date": str(date.today()),
+                    "machine": machine(None),
+                    **settings,
+                    "figures": ratios,
+                    "runs": found,
+                }
                 args.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
+from confrere.backbones.dinov2 import DinoV2
 from confrere.config import Experiment, validate
 from confrere.data.federation import Federation
 from confrere.data.table import read_table
@@ -114,20 +115,23 @@ def write(one: Experiment, data: Path, out: Path) -> None:
     _save_backbone(root, out / KEPT)
 
 
-def _save_backbone(root: object, folder: Path) -> None:
+def _save_backbone(root: DinoV2, folder: Path) -> None:
     """Write the frozen module without adapters, as transformers reads it."""
-    import copy
+    from transformers import Dinov2Config, Dinov2Model
 
-    plain = copy.deepcopy(root)
-    for name, module in list(plain.named_modules()):  # type: ignore[attr-defined]
-        if hasattr(module, "base_layer"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(plain.get_submodule(parent), leaf, module.base_layer)  # type: ignore[attr-defined]
-    plain.save_pretrained(folder)  # type: ignore[attr-defined]
-    config = json.loads((folder / "config.json").read_text())
-    kept = {"num_hidden_layers": len(plain.encoder.layer)}  # type: ignore[attr-defined]
-    config = {k: v for k, v in config.items() if k not in ("out_features", "out_indices", "stage_names")} | kept
-    (folder / "config.json").write_text(json.dumps(config))
+    config = Dinov2Config(
+        hidden_size=root.width,
+        num_hidden_layers=len(root.encoder.layer),
+        num_attention_heads=root.heads,
+        patch_size=root.patch,
+        image_size=37 * root.patch,
+    )
+    plain = Dinov2Model(config)
+    frozen = {n.replace(".base_layer", ""): t for n, t in root.state_dict().items() if ".lora_" not in n}
+    left = plain.load_state_dict(frozen, strict=False)
+    if left.missing_keys != ["embeddings.mask_token"] or left.unexpected_keys:
+        raise SystemExit(f"the backbone is not transformers' DINOv2: {left}")
+    plain.save_pretrained(folder)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def test_training_in_bf16_with_and_without_the_cache_gives_the_same_bytes(tmp_pa
     backbone, images = bf16_backbone(), site(n=8)
     cached = tokens(backbone, images, CLASSES, tmp_path)
     assert cached.batch(np.arange(3)).tokens.dtype == torch.bfloat16
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("tokens-*")
     assert np.load(file, allow_pickle=False).itemsize == 2
     direct = TokenSet(
         tokens=as_numpy(backbone.prefix(images.images)),

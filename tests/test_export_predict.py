@@ -244,3 +244,19 @@ def test_running_again_changes_nothing(runs: dict[str, Path]) -> None:
     job, _ = held(run)
     run_experiment(job, run)
     assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_run_in_bf16_predicts_and_shows_where_it_looks(tmp_path: Path, hospitals: Path) -> None:
+    run_experiment(experiment(hospitals, "fedopal", engine={"precision": "bf16"}), tmp_path / "run")
+    count, left_out = predict_folder(tmp_path / "run", "east", hospitals / "north", tmp_path / "new.csv", overlays=2)
+    assert (count, left_out) == (24, [])
+    with (tmp_path / "new.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(sum(float(row[name]) for name in CLASSES) == pytest.approx(1, abs=1e-3) for row in rows)
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_the_views_of_a_site_held_out_are_not_computed(tmp_path: Path, hospitals: Path) -> None:
+    job = experiment(hospitals, "fedopal", hold_out="west", train={"steps": 1, "views": 4})
+    task = prepare(job, open_data(job, tmp_path), lambda event: None)
+    assert {name: len(data.views) for name, data in task.data.items()} == {"east": 3, "north": 3, "west": 0}

@@ -6,7 +6,6 @@ python plain_loop.py JOB OUT.json [bf16]    bf16: forward passes under torch.aut
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ from client import Client, Model, average, first_state, open_job
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     autocast = "bf16" in sys.argv[3:]
-    started = time.perf_counter()
     job = open_job(folder)
     if job["threads"]:
         torch.set_num_threads(job["threads"])
@@ -31,9 +29,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - begun)
     val = [client.score(state, 1) for client in clients]
     test = [client.score(state, 2) for client in clients]
-    whole = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found = {"seconds": whole, "rounds": seconds, "val": val, "test": test, "peak_mb": peak, "torch": torch.__version__}
+    found = {"rounds": seconds, "val": val, "test": test, "torch": torch.__version__}
     out.write_text(json.dumps(found))
 
 

@@ -133,8 +133,13 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
     def progress(site: str, done: int, total: int) -> None:
         notify({"event": "prefix", "site": site, "done": done, "total": total})
 
-    views, classes, cache = experiment.train.views, federation.classes, cache_dir()
-    data = {site.name: tokens(backbone, site, classes, cache, progress, views) for site in federation.sites}
+    classes, cache = federation.classes, cache_dir()
+    data = {
+        site.name: tokens(
+            backbone, site, classes, cache, progress, 1 if site.name == experiment.hold_out else experiment.train.views
+        )
+        for site in federation.sites
+    }
     return Task(experiment=experiment, method=method, federation=federation, backbone=backbone, data=data)
 
 

@@ -43,7 +43,7 @@ class TrainSettings:
 
 
 class Array(Protocol):
-    """What can be read by row number: an array, a memory map, or several of them as one."""
+    """What gives copies of rows by number: an array, a file mapped while it is read, or several of them as one."""
 
     def __len__(self) -> int: ...
 
@@ -73,7 +73,7 @@ class TokenSet:
 
     def batch(self, rows: np.ndarray, views: np.ndarray | None = None) -> Batch:
         """Return the rows as tensors, copied out of the memory map; training rows in the orientation of ``views``."""
-        found = np.array(self.tokens[rows])
+        found = self.tokens[rows]
         if views is not None:
             at = np.searchsorted(self.rows("train"), rows)
             for view in np.unique(views[views > 0]):

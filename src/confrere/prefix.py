@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from confrere.backbones import Backbone
+from confrere.data.cache import DECODER
 from confrere.data.federation import SiteImages
+from confrere.data.mapped import Mapped, one_maker
 from confrere.errors import ConfigError, DataError
 from confrere.learner import Array, TokenSet, as_numpy
 from confrere.seeds import derive
@@ -63,7 +65,8 @@ def tokens(
 ) -> TokenSet:
     """Return the tokens of all images of ``site``, and of training images in all ``views``, cached where possible.
 
-    The key covers weights, cut, normalisation, image size and every image's hash, so a wrong hit cannot happen.
+    The key covers weights, precision, cut, normalisation, image size, every image's hash, and the versions that decide
+    the last bit.
 
     Raises:
         DataError: the cache cannot be written.
@@ -107,22 +110,32 @@ def _cached(
     view: int,
     cache: Path,
     progress: Callable[[str, int, int], None] | None,
-) -> np.ndarray:
+) -> Mapped:
     """Return the tokens of some images in one orientation, computed if the cache has none."""
     turned = (f"view {view}",) if view else ()
-    key = derive(0, "prefix", backbone.prefix_digest, *turned, *(site.digests[row] for row in rows))
+    key = derive(0, "prefix", backbone.prefix_digest, DECODER, *turned, *(site.digests[row] for row in rows))
     path = cache / f"tokens-{key:016x}.npy"
     kept = _kept(path, len(rows))
-    if kept is None:
-        _compute(backbone, site, rows, view, path, progress)
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
-    return kept
+    if kept is not None:
+        return kept
+    try:
+        with one_maker(cache):
+            kept = _kept(path, len(rows))  # another process may have made it meanwhile
+            if kept is None:
+                _compute(backbone, site, rows, view, path, progress)
+        return Mapped(path) if kept is None else kept
+    except OSError as error:
+        raise DataError(
+            f"cannot write the cache of frozen activations: {error.strerror}",
+            where=str(path.parent),
+            fix="free space there, or set CONFRERE_CACHE to another directory",
+        ) from error
 
 
-def _kept(path: Path, rows: int) -> np.ndarray | None:
+def _kept(path: Path, rows: int) -> Mapped | None:
     """Return a whole array of the cache, None when it is absent or cut short (it is then written anew)."""
     try:
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        kept = Mapped(path)
     except (OSError, ValueError, EOFError):
         return None
     return kept if len(kept) == rows else None
@@ -137,29 +150,21 @@ def _compute(
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
     total = len(rows)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".npy")
+    os.close(descriptor)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".npy")
-        os.close(descriptor)
-        try:
-            out = None
-            for start in range(0, total, BATCH):
-                images = oriented(site.images[rows[start : start + BATCH]], view)
-                part = as_numpy(backbone.prefix(images))
-                if out is None:
-                    out = np.lib.format.open_memmap(name, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
-                out[start : start + len(part)] = part
-                if progress is not None:
-                    progress(site.name, min(start + BATCH, total), total)
-            if out is not None:
-                out.flush()
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache of frozen activations: {error.strerror}",
-            where=str(path.parent),
-            fix="free space there, or set CONFRERE_CACHE to another directory",
-        ) from error
+        out = None
+        for start in range(0, total, BATCH):
+            images = oriented(site.images[rows[start : start + BATCH]], view)
+            part = as_numpy(backbone.prefix(images))
+            if out is None:
+                out = np.lib.format.open_memmap(name, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
+            out[start : start + len(part)] = part
+            if progress is not None:
+                progress(site.name, min(start + BATCH, total), total)
+        if out is not None:
+            out.flush()
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from confrere.metrics.classification import evaluate
 from confrere.metrics.paired import paired_gain
 from confrere.report import summarize, summarize_comparison
 from confrere.report.sheet import arrange
-from confrere.report.summarize import gain_limit, model_scores, outcome
+from confrere.report.summarize import DRAWN, _drawn, gain_limit, model_scores, outcome
 
 
 def test_a_full_run_has_every_section(tmp_path: Path) -> None:
@@ -130,6 +131,16 @@ def test_nan_in_a_file_is_read_as_undefined(tmp_path: Path) -> None:
     written["sites"]["rosendahl"]["models"]["personalised"]["ece"]["value"] = float("nan")
     runs.write(tmp_path / "results.json", written)
     assert summarize(tmp_path)["sites"][0]["models"]["personalised"]["metrics"]["ece"]["value"] is None
+
+
+def test_of_many_hospitals_those_with_the_lowest_scores_are_drawn_and_unscored_ones_last() -> None:
+    def site(name: str, value: float | None) -> dict[str, Any]:
+        scores = {"metrics": {"balanced_accuracy": {"value": value}}}
+        return {"name": name, "main": "personalised" if value != 0.99 else None, "models": {"personalised": scores}}
+
+    many = [site(f"s{k:02d}", 0.9 - k / 100) for k in range(30)] + [site("u1", None), site("u2", 0.99)]
+    assert _drawn(many) == sorted(f"s{k:02d}" for k in range(30 - DRAWN, 30))
+    assert _drawn(many[-3:]) == ["s29", "u1", "u2"]
 
 
 def test_outcome_needs_an_interval_that_excludes_zero() -> None:

@@ -17,6 +17,7 @@ from client import Client, Model, open_job
 def main() -> None:
     folder, out = Path(sys.argv[2]), Path(sys.argv[3])
     job = open_job(folder)
+    torch.set_num_threads(1)  # a process a site: more would stand in each other's way
     flare.init()
     name = sorted(job["sites"])[int(flare.get_site_name().rpartition("-")[2]) - 1]
     client = Client(folder, name, Model(job, folder), job)

@@ -1,4 +1,5 @@
 """Low-rank adapters and the classification head: names, first values, files and algebra.
 
-``lora`` is the only module that knows PEFT; ``algebra`` and ``head`` work on named tensors alone.
+``layer`` computes, ``lora`` names and injects, ``folder`` reads and writes PEFT's format, ``algebra`` and ``head``
+work on named tensors alone.
 """

@@ -24,4 +24,3 @@ class SeededDropout(nn.Module):
         bits = words.view(torch.int16)[: values.numel()].view(values.shape)
         mask = (bits >= self.dropped - 32768).to(values).mul_(65536 / (65536 - self.dropped))
         return values * mask
-

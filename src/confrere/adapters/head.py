@@ -1,4 +1,4 @@
-"""The linear classification head, kept outside PEFT under the names ``head.weight`` and ``head.bias``."""
+"""The linear classification head, kept apart from the adapters under the names ``head.weight`` and ``head.bias``."""
 
 from __future__ import annotations
 

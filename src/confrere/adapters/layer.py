@@ -36,8 +36,8 @@ class LoraLinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors of all slots as one pair: A (R, i) and B (o, R)."""
-        a = [factor.weight for factor in self.lora_A.values()]
-        b = [factor.weight for factor in self.lora_B.values()]
+        a: list[Tensor] = [factor.weight for factor in self.lora_A.values()]  # type: ignore[misc]
+        b: list[Tensor] = [factor.weight for factor in self.lora_B.values()]  # type: ignore[misc]
         return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Frozen vision transformers: ``load(name, lora=LoraSpec(...)) -> Backbone``.
 
-Importing this package is cheap; PyTorch, transformers, timm and PEFT are imported when a backbone is loaded.
+Importing this package is cheap; PyTorch, transformers and timm are imported when a backbone needs them.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from confrere.errors import BackboneError
 from confrere.tensors import Tensors
 
 Precision = Literal["fp32", "bf16"]
+ARITHMETIC = 2
+"""Counts the orders of operations that blocks have had: another order, another last bit."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -80,8 +82,8 @@ class Backbone:
         anatomy = replace(anatomy, block_kwargs=moved)
         self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers).eval()
         self._first.to(self.device, self.dtype)
+        # Never called, only copied: a copy of modules that are at work would hold somebody's tensors.
         self._local, self._lock = threading.local(), threading.Lock()
-        self._local.suffix = self._first
         self._required = tuple(f"root.{name}" for name in self.adapter_shapes(dict.fromkeys(spec.slots, 1)))
         mean, std = entry.mean or HALF, entry.std or HALF
         self._gain = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(self.device)
@@ -99,8 +101,11 @@ class Backbone:
 
     @property
     def prefix_digest(self) -> str:
-        """Return a SHA-256 over all that determines :meth:`prefix`: a key for caches of tokens."""
+        """Return a SHA-256 over all that determines the bits of :meth:`prefix`: a key for caches of tokens."""
         parts = (
+            ARITHMETIC,
+            torch.__version__,
+            self.device.type,
             self.digest,
             self.precision,
             self.cut,

@@ -19,12 +19,11 @@ class Embeddings(nn.Module):
         self.patch = patch
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.position_embeddings = nn.Parameter(torch.empty(1, side * side + 1, width))
-        self.patch_embeddings = nn.Module()
-        self.patch_embeddings.projection = nn.Conv2d(3, width, patch, patch)
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, patch, patch)})
 
     def forward(self, images: Tensor) -> Tensor:
         """Return tokens (B, N, D) of normalised images (B, 3, H, W)."""
-        patches = self.patch_embeddings.projection(images).flatten(2).transpose(1, 2)
+        patches = self.patch_embeddings["projection"](images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
         return tokens + self.positions(images.shape[2] // self.patch, images.shape[3] // self.patch)
 
@@ -96,7 +95,8 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return tokens (B, N, D): the readable form of what :mod:`confrere.backbones.block` computes faster."""
         tokens = tokens + self.layer_scale1(self.attention(self.norm1(tokens)))
-        return tokens + self.layer_scale2(self.mlp(self.norm2(tokens)))
+        out: Tensor = tokens + self.layer_scale2(self.mlp(self.norm2(tokens)))
+        return out
 
 
 class DinoV2(nn.Module):
@@ -106,14 +106,13 @@ class DinoV2(nn.Module):
         super().__init__()
         self.width, self.heads, self.patch = width, heads, patch
         self.embeddings = Embeddings(width, patch, side)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Block(width, heads) for _ in range(depth))})
         self.layernorm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return normalised tokens (B, N, D) of normalised images (B, 3, H, W)."""
         tokens = self.embeddings(images)
-        for block in self.encoder.layer:
+        for block in self.encoder["layer"].children():
             tokens = block(tokens)
         out: Tensor = self.layernorm(tokens)
         return out

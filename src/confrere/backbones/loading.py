@@ -155,7 +155,8 @@ def _targets(anatomy: Anatomy, depth: int, spec: LoraSpec) -> dict[str, tuple[in
     sizes = {}
     for path, part in parts:
         for inner, layer in part.named_modules():
-            if isinstance(layer, nn.Linear) and re.fullmatch(pattern, inner):
+            # Not its kinds: nn.MultiheadAttention reads the weight of one without calling it.
+            if type(layer) is nn.Linear and re.fullmatch(pattern, inner):
                 sizes[f"{path}.{inner}".lstrip(".")] = (layer.in_features, layer.out_features)
     if not sizes:
         example = sorted(inner for inner, layer in parts[-1][1].named_modules() if isinstance(layer, nn.Linear))

@@ -41,15 +41,15 @@ def attention_map(backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor
 
 
 def _inside_last_block(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict[str, Tensor]:
-    """Return the last block's output and, where they can be seen, its queries and keys, each (B, N, D)."""
+    """Return the last block's output and, where they can be seen, its queries and keys, each (B, N, D) float32."""
     block = backbone.anatomy.blocks[-1]
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _inputs, out: seen.__setitem__(name, out)
+        return lambda _module, _inputs, out: seen.__setitem__(name, out.float())
 
     def split(_module: nn.Module, _inputs: object, out: Tensor) -> None:
-        seen["query"], seen["key"], _ = out.chunk(3, dim=2)
+        seen["query"], seen["key"], _ = out.float().chunk(3, dim=2)
 
     hooks = [block.register_forward_hook(keep("out"))]
     for path, module in block.named_modules():

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from confrere.adapters.dropout import SeededDropout
-from confrere.backbones.anatomy import Anatomy
 from confrere.backbones import block
+from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.registry import Pool
 
 

@@ -22,11 +22,13 @@ import PIL
 from numpy.typing import NDArray
 
 from confrere.data.decode import BadImageError, decode
+from confrere.data.mapped import Mapped, one_maker
 from confrere.errors import DataError
 
 CHANGED = "changed while it was read"
 UNREADABLE = "cannot be read"
-_VERSION = 1
+DECODER = f"1|pillow {PIL.__version__}"
+"""What pixels depend on beside the file and the size."""
 _BATCH = 256
 
 
@@ -46,7 +48,7 @@ class Fact:
 class Entry:
     """One array, a fact for each of its rows (in order), and the hashes that do not decode, with reasons."""
 
-    images: NDArray[np.uint8]
+    images: Mapped
     facts: tuple[Fact, ...]
     bad: Mapping[str, str]
 
@@ -63,14 +65,17 @@ def decoded(cache: Path, files: Mapping[str, Path], size: tuple[int, int], *, ma
         DataError: the cache cannot be written.
     """
     digests = sorted(files)
-    head = f"{_VERSION}|{size[0]}x{size[1]}|{max_pixels}|pillow {PIL.__version__}|"
+    head = f"{DECODER}|{size[0]}x{size[1]}|{max_pixels}|"
     key = hashlib.sha256((head + "|".join(digests)).encode()).hexdigest()
     found = _load(cache, key)
     if found is not None:
         return found
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(cache, key, [(digest, files[digest]) for digest in digests], size, max_pixels)
+        with one_maker(cache):
+            found = _load(cache, key)  # another process may have made it meanwhile
+            if found is not None:
+                return found
+            _write(cache, key, [(digest, files[digest]) for digest in digests], size, max_pixels)
     except OSError as error:
         megabytes = len(files) * size[0] * size[1] * 3 / 1e6
         raise DataError(
@@ -88,9 +93,9 @@ def _load(cache: Path, key: str) -> Entry | None:
     """Return a whole entry, or None when it is absent or damaged (it is then written anew)."""
     try:
         meta = json.loads((cache / f"{key}.json").read_text())
-        images = np.load(cache / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+        images = Mapped(cache / f"{key}.npy")
         facts = tuple(Fact(**(fact | {k: tuple(fact[k]) for k in ("mean", "square")})) for fact in meta["facts"])
-        whole = images.shape[0] == len(facts) and _checksum(images) == meta["crc32"]
+        whole = images.shape[0] == len(facts) and _checksum(images[:]) == meta["crc32"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Entry(images=images, facts=facts, bad=meta["bad"]) if whole else None

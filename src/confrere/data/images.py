@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confrere.data import splits
+from confrere.data.mapped import Mapped
 from confrere.data.paths import check_site_name
 from confrere.data.sources import SplitName
 from confrere.errors import DataError
@@ -28,7 +29,7 @@ class SiteImages:
     """
 
     name: str
-    images: NDArray[np.uint8]
+    images: Mapped
     labels: NDArray[np.int64]
     groups: NDArray[np.int64]
     digests: tuple[str, ...]

@@ -99,8 +99,8 @@ class Site:
 
     def params(self, request: Request) -> Tensors:
         """Return the tensors the site predicts with after ``request.round``, given what it received."""
-        untrained = self.method.init_site(self.initial())
-        state = untrained if request.model == "general" else self._state(request.round + 1)
+        general = request.model == "general"
+        state = self.method.init_site(self.initial()) if general else self._state(request.round + 1)
         return self.method.personal(request.state, state)
 
     def validation_rows(self) -> np.ndarray:
@@ -124,7 +124,7 @@ class Site:
         return logits
 
     def _few_rows(self) -> np.ndarray:
-        """Return the rows on which every round's model is looked at: a forward pass of them is little beside training."""
+        """Return the few rows on which every round looks at a model: little beside training."""
         rows = self.validation_rows()[:8]
         return rows if len(rows) else self.data.rows("train")[:8]
 

@@ -101,13 +101,14 @@ def gain_limit(gains: Iterable[Json]) -> float:
 
 
 def _drawn(sites: list[Json]) -> list[str]:
-    """Return the hospitals that have panels of their own: all, or those whose model scores lowest."""
+    """Return the hospitals that have panels: all, or those whose model scores lowest, unscored ones last."""
 
-    def value(site: Json) -> float:
+    def order(site: Json) -> tuple[bool, float, str]:
         scores = site["models"][site["main"]]["metrics"] if site["main"] else {}
-        return number(as_dict(scores.get("balanced_accuracy")).get("value")) or 0.0
+        value = number(as_dict(scores.get("balanced_accuracy")).get("value"))
+        return value is None, value or 0.0, site["name"]
 
-    lowest = sorted(sites, key=lambda site: (value(site), site["name"]))[:DRAWN]
+    lowest = sorted(sites, key=order)[:DRAWN]
     return sorted(site["name"] for site in lowest)
 
 
