@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_federation import CLASSES, initial_params, tiny_backbone, tiny_data
 
 from confrere.errors import TrainingError
-from confrere.learner import Batch, Learner, TokenSet, TrainSettings, predict
+from confrere.learner import AdamW, Batch, Learner, TokenSet, TrainSettings, predict
 from confrere.method import make
 from confrere.tensors import Tensors, digest
 
@@ -212,3 +214,24 @@ def test_predictions_do_not_depend_on_the_batch_size(size: int) -> None:
     found = predict(backbone, params, data, rows, batch_size=size)
     torch.testing.assert_close(found, predict(backbone, params, data, rows), rtol=1e-4, atol=1e-5)
     assert predict(backbone, params, data, rows[:0]).shape == (0, len(CLASSES))
+
+
+def test_the_optimiser_is_torchs_adamw_to_the_bit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    first = [torch.randn(shape, generator=draw) for shape in ((3, 4), (5,), (2, 2, 2))]
+    ours, theirs = ([t.clone().requires_grad_() for t in first] for _ in range(2))
+    one = AdamW(ours, lr=0.01, weight_decay=0.1)
+    other = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        for params, optimiser in ((ours, one), (theirs, other)):
+            optimiser.zero_grad()
+            # The last tensor has a gradient in odd steps only.
+            sum((t.square().sum() * (k + 1) for k, t in enumerate(params[: 2 + step % 2])), torch.zeros(())).backward()
+            optimiser.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), step
+
+
+def test_a_start_imports_no_compiler() -> None:
+    code = "import sys, confrere.job; print({'torch._dynamo', 'transformers', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

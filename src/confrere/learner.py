@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from confrere.backbones import Backbone
 from confrere.errors import TrainingError
@@ -132,6 +133,45 @@ def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         yield kept[1]
 
 
+class AdamW:
+    """torch's AdamW by its functional form: the class imports the compiler, a third of a second of every start.
+
+    The same bits as ``torch.optim.AdamW`` with its default moments and epsilon; a tensor without gradient stays.
+    """
+
+    def __init__(self, params: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
+        self.params, self.lr, self.weight_decay = params, lr, weight_decay
+        self.state = [(torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for p in params]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for param in self.params:
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every tensor that has a gradient."""
+        moved = [(p, p.grad, *state) for p, state in zip(self.params, self.state, strict=True) if p.grad is not None]
+        if not moved:
+            return
+        params, grads, means, squares, steps = map(list, zip(*moved, strict=True))
+        adamw(
+            params,
+            grads,
+            means,
+            squares,
+            [],
+            steps,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
 @dataclass
 class Learner:
     """What a method's ``update`` may use: training, features and the round it is in."""
@@ -192,7 +232,7 @@ class Learner:
         leaves = {n: params[n].detach().to(device, copy=True) for n in sorted(params)}
         trained = [t.requires_grad_() for n, t in leaves.items() if train is None or train(n)]
         cfg = self.settings
-        optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        optimiser = AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
         task = self._objective()
         losses = []
         with self.backbone.dropout(torch_generator(self.seed, "dropout", tag, self.round, self.site)):
@@ -202,7 +242,7 @@ class Learner:
                 losses.append(float(loss.detach()))
                 if penalty is not None:
                     loss = loss + penalty(leaves, batch)
-                optimiser.zero_grad(set_to_none=True)
+                optimiser.zero_grad()
                 torch.autograd.backward(loss)
                 norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
                 if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
