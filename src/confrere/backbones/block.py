@@ -1,8 +1,7 @@
 """A block of a vision transformer in fewer passes over memory: the library's arithmetic, other rounding.
 
 Scale and residual are one pass, attention takes the form that is fast for its type, and where only the class token is
-read, the last block computes little more than a norm: with four adapted blocks that saves about a quarter of a training
-step. Tested against the library's own blocks.
+read, the last block computes little more than a norm. Tested against the library's own blocks.
 
 Shapes: B images, N tokens, D channels, G heads, E channels per head, R ranks of all adapters of a layer.
 """
