@@ -134,7 +134,7 @@ def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 class AdamW:
-    """torch's AdamW by its functional form: the class imports the compiler, a third of a second of every start.
+    """torch's AdamW by its functional form: the class imports the compiler, which every start would wait for.
 
     The same bits as ``torch.optim.AdamW`` with its default moments and epsilon; a tensor without gradient stays.
     """

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from confrere.adapters.dropout import SeededDropout
-
 __all__ = [
     "LoraSpec",
     "export",
@@ -122,21 +120,17 @@ def init(shapes: Mapping[str, tuple[int, int]], generator: torch.Generator) -> d
     return values
 
 
-def inject(module: nn.Module, layers: Sequence[str], spec: LoraSpec) -> list[SeededDropout]:
+def inject(module: nn.Module, layers: Sequence[str], spec: LoraSpec) -> None:
     """Put a :class:`LoraLinear` around each of ``layers`` in place, and freeze the module.
 
     The branches' own weights are empty placeholders: callers always pass tensors by name
-    (:func:`torch.func.functional_call`), which is also why ranks may differ between slots and sites. Returns
-    the layers' dropouts.
+    (:func:`torch.func.functional_call`), which is also why ranks may differ between slots and sites.
     """
     from confrere.adapters.layer import LoraLinear
 
-    wrapped = []
     for path in layers if spec.slots else ():
         parent, _, leaf = path.rpartition(".")
         owner = module.get_submodule(parent)
-        wrapped.append(LoraLinear(getattr(owner, leaf), spec.slots, spec.scale, spec.dropout))
-        setattr(owner, leaf, wrapped[-1])
+        setattr(owner, leaf, LoraLinear(getattr(owner, leaf), spec.slots, spec.scale, spec.dropout))
     module.requires_grad_(False)
     module.eval()
-    return [layer.dropout for layer in wrapped]

@@ -80,9 +80,9 @@ class Backbone:
             name: tuple(t.to(self.device, self.dtype) for t in value) for name, value in anatomy.block_kwargs.items()
         }
         anatomy = replace(anatomy, block_kwargs=moved)
+        # Never called, only copied: a copy of modules that are at work would hold somebody's tensors.
         self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers).eval()
         self._first.to(self.device, self.dtype)
-        # Never called, only copied: a copy of modules that are at work would hold somebody's tensors.
         self._local, self._lock = threading.local(), threading.Lock()
         self._required = tuple(f"root.{name}" for name in self.adapter_shapes(dict.fromkeys(spec.slots, 1)))
         mean, std = entry.mean or HALF, entry.std or HALF
