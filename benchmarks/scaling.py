@@ -10,7 +10,6 @@ column ``site`` is written beside the given one.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -22,19 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from shared_job import narrowed
 from side_by_side import MARK, Memory, machine
-
-
-def pooled(table: Path) -> Path:
-    """Return the table without its sites."""
-    out = table.with_name(f"{table.stem}-pooled.csv")
-    with table.open(newline="") as source, out.open("w", newline="") as target:
-        reader = csv.DictReader(source)
-        names = [name for name in reader.fieldnames or [] if name != "site"]
-        writer = csv.DictWriter(target, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(reader)
-    return out
 
 
 def run(table: Path, sites: int, args: argparse.Namespace, cache: Path, *, fill: bool = False) -> dict[str, Any]:
@@ -79,7 +67,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="kept, so that a benchmark that was stopped continues soon")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    table, found = pooled(args.table), []
+    table, found = narrowed(args.table, pool=True), []
     with tempfile.TemporaryDirectory() as own:
         cache = (args.cache or Path(own)).resolve()
         for sites in map(int, args.sites.split(",")):

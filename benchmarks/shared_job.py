@@ -5,12 +5,14 @@
 ``job/`` then holds ``job.json`` (settings; per site the image files, labels, split and the rows of every batch),
 ``first.safetensors`` (adapters and head before training, PEFT's names) and ``backbone/`` (a transformers folder of the
 blocks kept). The job is FedIT: one rank-r adapter on query and value of the last blocks and a linear head on the class
-token, averaged by training images, AdamW made anew each round, gradients clipped, no dropout.
+token, averaged by training images, AdamW made anew each round, gradients clipped, no dropout. ``--sites`` deals the
+images out to so many equal sites; ``--part 4`` takes every fourth lesion.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -28,6 +30,21 @@ from confrere.learner import Learner, TokenSet, TrainSettings
 KEPT = "backbone"
 
 
+def narrowed(table: Path, *, pool: bool, part: int = 1) -> Path:
+    """Return a copy beside the table: without its sites if ``pool``, with every ``part``-th lesion."""
+    out = table.with_name(f"{table.stem}{'-pooled' * pool}-part-{part}.csv")
+    with table.open(newline="") as source:
+        reader = csv.DictReader(source)
+        names = [name for name in reader.fieldnames or [] if not (pool and name == "site")]
+        rows = list(reader)
+    kept = set(sorted({row["lesion"] for row in rows})[::part])
+    with out.open("w", newline="") as target:
+        writer = csv.DictWriter(target, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in rows if row["lesion"] in kept)
+    return out
+
+
 def experiment(data: Path, args: argparse.Namespace) -> Experiment:
     """Return the job as Confrere's own experiment."""
     return validate(
@@ -41,6 +58,7 @@ def experiment(data: Path, args: argparse.Namespace) -> Experiment:
             "adapter": {"rank": 16, "blocks": args.blocks, "dropout": 0.0},
             "train": {"steps": args.steps, "batch_size": args.batch_size, "lr": 1e-3},
             "selection": {"every": args.rounds},
+            "data": {"partition": {"by": "quantity", "alpha": 1000.0, "sites": args.sites}} if args.sites else {},
         }
     )
 
@@ -71,9 +89,10 @@ def batches(one: Experiment, federation: Federation, site: str) -> list[list[lis
     return drawn
 
 
-def files_by_digest(data: Path) -> dict[str, str]:
+def files_by_digest(data: Path, pooled: bool) -> dict[str, str]:
     """Return the path of every image of a table by its SHA-256."""
-    return {hashlib.sha256(row.path.read_bytes()).hexdigest(): str(row.path.resolve()) for row in read_table(data).rows}
+    rows = read_table(data, pooled=pooled).rows
+    return {hashlib.sha256(row.path.read_bytes()).hexdigest(): str(row.path.resolve()) for row in rows}
 
 
 def write(one: Experiment, data: Path, out: Path) -> None:
@@ -85,7 +104,7 @@ def write(one: Experiment, data: Path, out: Path) -> None:
     first = initial(task, "")
     save_file(dict(first), out / "first.safetensors")
     (out / "experiment.toml").write_text(one.toml())
-    known = files_by_digest(data)
+    known = files_by_digest(data, one.data.partition is not None)
     sites = {
         site.name: {
             "files": [known[digest] for digest in site.digests],
@@ -146,8 +165,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--sites", type=int, default=0, help="equal sites instead of the table's own")
+    parser.add_argument("--part", type=int, default=1)
     args = parser.parse_args()
-    write(experiment(args.data, args), args.data, args.out)
+    data = args.data
+    if args.sites or args.part > 1:
+        data = narrowed(data, pool=bool(args.sites), part=args.part)
+    write(experiment(data, args), data, args.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ see README.md here). Every program reads the same files, takes the same batches 
 Turns go A B C A B C; a turn that is in ``--out`` already is not run again, so a stopped benchmark continues.
 
 Programs: ``confrere`` (cold: empty cache), ``confrere-warm`` (cache of an earlier run), each also with ``-bf16``;
-``plain``, ``plain-bf16`` (autocast), ``flower``, ``nvflare``, ``pfl``.
+``plain``, ``plain-bf16`` (autocast), ``plain-decoded`` (images kept in memory), ``flower``, ``nvflare``, ``pfl``.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def command(program: str, job: Path, envs: Path, out: Path, work: Path) -> tuple
         return [sys.executable, "-m", "confrere", "run", toml, *extra, "--out", str(work / "run")], work
     if program.startswith("plain"):
         python = envs / "flower" / "bin" / "python"  # any environment with PyTorch, transformers and PEFT
-        autocast = ["bf16"] if "bf16" in program else []
-        return [str(python), str(HERE / "plain_loop.py"), str(job), str(out), *autocast], work
+        extra = [word for word in ("bf16", "decoded") if word in program]
+        return [str(python), str(HERE / "plain_loop.py"), str(job), str(out), *extra], work
     if program == "pfl":
         return [str(envs / "pfl/bin/python"), str(HERE / "pfl_loop.py"), str(job), str(out)], work
     if program == "nvflare":

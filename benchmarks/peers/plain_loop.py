@@ -1,6 +1,8 @@
 """The whole job by hand: no framework, one process, PyTorch, transformers and PEFT.
 
-python plain_loop.py JOB OUT.json [bf16]    bf16: forward passes under torch.autocast
+python plain_loop.py JOB OUT.json [bf16] [decoded]
+
+bf16: forward passes under torch.autocast. decoded: every image is decoded once and kept in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ def main() -> None:
         torch.set_num_threads(job["threads"])
     model = Model(job, folder)
     clients = [Client(folder, site, model, job, autocast=autocast) for site in sorted(job["sites"])]
+    if "decoded" in sys.argv[3:]:
+        for client in clients:
+            client.data = [client.data[row] for row in range(len(client.data))]
     state, seconds = first_state(folder), []
     for round_ in range(1, job["rounds"] + 1):
         begun = time.perf_counter()

@@ -279,7 +279,11 @@ def predict(backbone: Backbone, params: Tensors, data: TokenSet, rows: np.ndarra
             backbone.logits(params, data.batch(rows[i : i + batch_size]).tokens).cpu()
             for i in range(0, len(rows), batch_size)
         ]
-    logits = torch.cat(parts) if parts else torch.zeros(0, len(data.classes))
+    return refuse_infinite(torch.cat(parts) if parts else torch.zeros(0, len(data.classes)))
+
+
+def refuse_infinite(logits: Tensor) -> Tensor:
+    """Return the logits, or raise TrainingError when one is not finite."""
     if not torch.isfinite(logits).all():
         raise TrainingError("what the adapters predict is not finite", fix="lower train.lr")
     return logits

@@ -132,7 +132,9 @@ def test_overlap_is_logged_after_aggregation_with_the_averaged_adapter(tmp_path:
     for name in SITES:
         params = method.personal(method.broadcast(final, name), sites[name].store.before(3) or {})
         rows = sites[name].validation_rows()[:32]
-        measured = adapter_overlap(tiny_backbone(DUAL), params, sites[name].data.batch(rows).tokens)
+        inputs: dict[str, torch.Tensor] = {}
+        tiny_backbone(DUAL).features(params, sites[name].data.batch(rows).tokens, capture=inputs)
+        measured = adapter_overlap(params, inputs)
         assert last["overlap_after"][name] == pytest.approx(measured)
         assert last["overlap_after"][name]["B"] != pytest.approx(last["overlap_before"][name]["B"])
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from confrere.adapters.algebra import column_overlap, concat, pairs, product, product_cosine, row_overlap
-from confrere.backbones import Backbone
 from confrere.method import Reply
 from confrere.tensors import Tensors, sub
 
@@ -16,28 +15,25 @@ COMPARED = 64
 """Similarities are a matrix in every round's record: with more senders nobody reads it."""
 
 
-def adapter_overlap(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict[str, float | None] | None:
+def adapter_overlap(params: Tensors, inputs: Tensors) -> dict[str, float | None] | None:
     """Return the mean overlap over layers of the slots ``general`` and ``personal``; None without both.
 
     ``A``: row spaces, ``B``: column spaces (1 = the same subspace, r/d by chance), ``product``: absolute cosine of
-    B A, ``outputs``: mean absolute cosine of what the two adapters add, over ``tokens`` (B, N, D).
+    B A, ``outputs``: mean absolute cosine of what the two adapters add to the layers' ``inputs`` (B, N, d_in).
     A measure that is undefined (B = 0) is None.
     """
     general, personal = pairs(params, "general"), pairs(params, "personal")
     if not general or not personal:
         return None
-    inputs: dict[str, Tensor] = {}
-    with torch.no_grad():
-        backbone.features(params, tokens, capture=inputs)
-        outputs: list[float | None] = []
-        for layer, x in inputs.items():
-            (a_g, b_g), (a_k, b_k) = general[layer], personal[layer]
-            x = x.cpu()  # where the tensors that travel are
-            left, right = x @ a_g.T @ b_g.T, x @ a_k.T @ b_k.T
-            if left.abs().max() > 0 and right.abs().max() > 0:
-                outputs.append(float(torch.nn.functional.cosine_similarity(left, right, dim=-1).abs().mean()))
-            else:
-                outputs.append(None)
+    outputs: list[float | None] = []
+    for layer, x in inputs.items():
+        (a_g, b_g), (a_k, b_k) = general[layer], personal[layer]
+        x = x.cpu()  # where the tensors that travel are
+        left, right = x @ a_g.T @ b_g.T, x @ a_k.T @ b_k.T
+        if left.abs().max() > 0 and right.abs().max() > 0:
+            outputs.append(float(torch.nn.functional.cosine_similarity(left, right, dim=-1).abs().mean()))
+        else:
+            outputs.append(None)
     return {
         "A": _mean([row_overlap(general[k][0], personal[k][0]) for k in general]),
         "B": _mean([column_overlap(general[k][1], personal[k][1]) for k in general]),

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from confrere.adapters.algebra import pairs
 from confrere.backbones import Backbone
 from confrere.errors import UpdateRefusedError
 from confrere.federation.diagnostics import adapter_overlap
 from confrere.federation.examine import examine
-from confrere.learner import Learner, TokenSet, TrainSettings, predict
+from confrere.learner import Learner, TokenSet, TrainSettings, predict, refuse_infinite
 from confrere.method import Method, Reply, Request
 from confrere.metrics.classification import confidence, score
 from confrere.record.store import Store
@@ -71,8 +72,7 @@ class Site:
         check_payload(self.method, self.name, request.round, payload)
         metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
         params = self.method.personal({**request.state, **payload}, state)
-        predict(self.backbone, params, self.data, self._few_rows())  # refuses what would break the average
-        metrics["overlap"] = self._overlap(params)
+        metrics["overlap"] = self._look(params)  # refuses what would break the average
         reply = Reply(site=self.name, round=request.round, state=payload, weight=self.weight, metrics=metrics)
         self.store.write(request.round, state, reply)
         # Time is not stored: the same seed leaves the same bytes.
@@ -93,7 +93,7 @@ class Site:
             "score": score(chances, labels) if len(rows) else None,
             "confidence": confidence(chances, labels) if len(rows) else None,
             "examples": len(rows),
-            "overlap": self._overlap(params),
+            "overlap": self._look(params),
         }
         return Reply(site=self.name, round=request.round, metrics=metrics)
 
@@ -123,13 +123,14 @@ class Site:
             self._predicted[rows.tobytes()] = asked, logits
         return logits
 
-    def _few_rows(self) -> np.ndarray:
-        """Return the few rows on which every round looks at a model: little beside training."""
+    def _look(self, params: Tensors) -> Mapping[str, float | None] | None:
+        """Pass a few images through a model: refuse what is not finite, return the overlap of two adapters."""
         rows = self.validation_rows()[:8]
-        return rows if len(rows) else self.data.rows("train")[:8]
-
-    def _overlap(self, params: Tensors) -> Mapping[str, float | None] | None:
-        return adapter_overlap(self.backbone, params, self.data.batch(self._few_rows()).tokens)
+        batch = self.data.batch(rows if len(rows) else self.data.rows("train")[:8])
+        two = pairs(params, "general") and pairs(params, "personal")
+        with torch.no_grad():
+            refuse_infinite(self.backbone.logits(params, batch.tokens, capture=batch.inputs if two else None))
+        return adapter_overlap(params, batch.inputs)
 
 
 def check_payload(method: Method, site: str, round_: int, payload: State) -> None:
