@@ -29,10 +29,11 @@ from confrere.backbones import Backbone, load
 from confrere.federation.loop import Plan, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess
-from confrere.learner import Learner, TokenSet, TrainSettings, as_numpy
+from confrere.learner import Learner, TrainSettings
 from confrere.method import Method
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors, n_bytes
+from confrere.tokenset import TokenSet, as_numpy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from confrere.config import Experiment, validate
 from confrere.data.federation import Federation
 from confrere.data.table import read_table
 from confrere.job import initial, open_data, prepare
-from confrere.learner import Learner, TokenSet, TrainSettings
+from confrere.learner import Learner, TrainSettings
+from confrere.tokenset import TokenSet
 
 KEPT = "backbone"
 

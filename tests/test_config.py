@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from confrere.config import override, read, validate
 from confrere.errors import ConfigError
+from confrere.initial import slot_ranks
+from confrere.method import METHODS
 
 LOCAL_HEAD = {"lam": 0.25, "head": "local"}  # makes no general model, so nothing can be held out
 experiments = st.fixed_dictionaries(
@@ -53,7 +55,7 @@ def test_an_experiment_survives_toml(values: dict[str, object]) -> None:
         ({"path": "x", "method": {"name": "fedit", "lam": 1.0}}, "no option 'lam'"),
         ({"path": "x", "method": {"finetune": 0.3}}, "no option 'finetune'"),
         ({"path": "x", "controls": ["lokal"]}, "did you mean 'local'"),
-        ({"path": "x", "adapter": {"rank": 5}}, "even rank"),
+        ({"path": "x", "adapter": {"rank": 1}}, "use at least 2"),
         ({"path": "x", "seed": -1}, "seed"),
         ({"path": "x", "lr": 1e-3}, r"unknown key \[lr\]\n.*did you mean 'train\.lr'"),
         ({"path": "x", "train": {"lrr": 1e-3}}, r"unknown key \[train\.lrr\]\n.*did you mean 'lr'"),
@@ -125,14 +127,27 @@ def test_whatever_is_typed_is_a_value_or_a_mistake_that_is_explained(text: str) 
         validate(override({"path": "x"}, [f"train.lr={text}", f"method.{text}"]))
 
 
-@given(rank=st.integers(1, 64), name=st.sampled_from(["fedopal", "dual", "fedit", "local"]))
-def test_a_rank_that_does_not_divide_among_the_adapters_is_refused(rank: int, name: str) -> None:
+@given(rank=st.integers(1, 64), name=st.sampled_from(sorted(METHODS)))
+def test_a_rank_is_divided_among_the_adapters_to_the_last(rank: int, name: str) -> None:
     values = {"path": "x", "method": name, "controls": (), "adapter": {"rank": rank}}
-    if rank % 2 and name in ("fedopal", "dual"):
-        with pytest.raises(ConfigError, match=f"rank {rank} cannot be divided among 2 adapters"):
+    slots = len(METHODS[name].slots)
+    if rank < slots:
+        with pytest.raises(ConfigError, match=f"use at least {slots}"):
             validate(values)
     else:
-        assert validate(values).adapter.rank == rank
+        ranks = slot_ranks(validate(values).build_method(), rank)
+        assert sum(ranks.values()) == rank
+        assert max(ranks.values()) - min(ranks.values()) <= 1
+
+
+def test_unequal_ranks_are_for_methods_that_can_carry_them() -> None:
+    values = {"path": "x", "controls": ("local",), "adapter": {"ranks": {"a": 4, "b": 32}}}
+    with pytest.raises(ConfigError, match="fedopal cannot carry adapters of different ranks"):
+        validate(values)
+    experiment = validate({**values, "method": "local"})
+    assert [experiment.adapter.rank_of(site) for site in ("a", "b", "c", "")] == [4, 32, 16, 32]
+    with pytest.raises(ConfigError, match="greater than or equal to 1"):
+        validate({"path": "x", "method": "local", "adapter": {"ranks": {"a": 0}}})
 
 
 def test_an_experiment_does_not_change() -> None:
@@ -151,8 +166,8 @@ def test_a_quorum_and_the_default_controls_go_together() -> None:
 
 
 def test_a_rank_that_a_control_cannot_divide_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="even rank"):
-        validate({"path": "x", "method": "fedit", "controls": ["fedopal"], "adapter": {"rank": 5}})
+    with pytest.raises(ConfigError, match="use at least 2"):
+        validate({"path": "x", "method": "fedit", "controls": ["fedopal"], "adapter": {"rank": 1}})
 
 
 def test_a_misspelt_key_of_a_partition_names_the_nearest() -> None:

@@ -13,9 +13,10 @@ from tiny_federation import CLASSES, initial_params, tiny_learner
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import Backbone, load
 from confrere.errors import BackboneError, ConfigError
-from confrere.learner import Batch, Learner, TokenSet, TrainSettings, as_numpy, feed, predict
+from confrere.learner import Learner, TrainSettings, predict
 from confrere.method import make
 from confrere.prefix import tokens
+from confrere.tokenset import Batch, TokenSet, as_numpy, feed
 
 
 def bf16_backbone() -> Backbone:

@@ -6,34 +6,42 @@ import functools
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from confrere import initial
 from confrere import methods as _methods  # noqa: F401  fills the registry
-from confrere.adapters import head, lora
+from confrere.adapters import lora
 from confrere.backbones import Backbone, load
 from confrere.federation.loop import Plan, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess, Transport
-from confrere.learner import Learner, TokenSet, TrainSettings
+from confrere.learner import Learner, TrainSettings
 from confrere.method import Method
 from confrere.prefix import join
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore, Store
-from confrere.seeds import numpy_generator, torch_generator
+from confrere.seeds import numpy_generator
 from confrere.tensors import State, Tensors
+from confrere.tokenset import TokenSet
 
 CLASSES = ("alpha", "beta", "gamma")
 SITES = ("a", "b", "c")
 
 
-_BACKBONES: dict[tuple[str, ...], Backbone] = {}
+_BACKBONES: dict[lora.LoraSpec, Backbone] = {}
 
 
-def tiny_backbone(slots: tuple[str, ...] = ("general", "personal")) -> Backbone:
+def tiny_backbone(slots: tuple[str, ...] = ("general", "personal"), **extensions: bool) -> Backbone:
     """Return the test backbone with these slots, made once; dropout on, as by default."""
-    if slots not in _BACKBONES:
-        _BACKBONES[slots] = load("test-vit", lora=lora.LoraSpec(slots=slots, blocks=2))
-    return _BACKBONES[slots]
+    spec = lora.LoraSpec(slots=slots, blocks=2, **extensions)
+    if spec not in _BACKBONES:
+        _BACKBONES[spec] = load("test-vit", lora=spec)
+    return _BACKBONES[spec]
+
+
+def backbone_of(method: Method) -> Backbone:
+    """Return the test backbone with what a method trains."""
+    slots = (*method.slots, *method.fixed)
+    return tiny_backbone(slots, gated=method.gated, shifted=method.shifted, norms=method.norms)
 
 
 @functools.cache
@@ -52,18 +60,12 @@ def tiny_data(backbone: Backbone, site: str, n: int = 24) -> TokenSet:
 
 def initial_params(backbone: Backbone, method: Method, site: str, rank: int = 4, seed: int = 0) -> Tensors:
     """Return adapters and head before training, as the job draws them."""
-    params: dict[str, torch.Tensor] = {}
-    for slot in method.slots:
-        address = ("init", slot, site) if slot == "personal" else ("init", slot)
-        shapes = backbone.adapter_shapes({slot: rank // len(method.slots)})
-        mine = {n: s for n, s in shapes.items() if lora.slot_of(n) == slot}
-        params |= lora.init(mine, torch_generator(seed, *address))
-    return params | head.init(len(CLASSES), backbone.feature_dim)
+    return initial.initial_params(backbone, method, site, classes=len(CLASSES), rank=rank, seed=seed, full=max(4, rank))
 
 
 def tiny_learner(method: Method, site: str) -> Learner:
     """Return what a method trains with at ``site`` in round 1."""
-    backbone = tiny_backbone(method.slots)
+    backbone = backbone_of(method)
     settings = TrainSettings(steps=3, batch_size=6)
     data = tiny_data(backbone, site)
     return Learner(backbone=backbone, data=data, settings=settings, seed=0, site=site, round=1, rounds=3)
@@ -78,7 +80,7 @@ def tiny_sites(
     **settings: object,
 ) -> dict[str, Site]:
     """Return three sites (and the pooled one where the method asks for it)."""
-    backbone = tiny_backbone(method.slots)
+    backbone = backbone_of(method)
     data = {name: tiny_data(backbone, name) for name in SITES}
     if method.pools:
         data["pooled"] = join(list(data.values()))
@@ -121,6 +123,6 @@ def tiny_run(
     names = (*SITES, "pooled") if method.pools else SITES
     stores: dict[str, Store] = {n: run.store(n) for n in names} if disk else {}
     sites = tiny_sites(method, seed=seed, rounds=rounds, stores=stores, **settings)
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, "", seed=seed))
+    server = method.init_server(initial_params(backbone_of(method), method, "", seed=seed))
     plan = tiny_plan(method, rounds=rounds, seed=seed)
     return federate(method, server, transport or InProcess(sites), plan, run), sites

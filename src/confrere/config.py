@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from confrere import methods as _methods  # noqa: F401  fills the registry of methods
 from confrere.data.options import DataOptions
 from confrere.errors import ConfigError
-from confrere.method import Method, defaults, make, nearest
+from confrere.method import METHODS, Method, defaults, make, nearest
 
 
 class Part(BaseModel):
@@ -36,13 +36,18 @@ class BackboneChoice(Part):
 
 
 class AdapterChoice(Part):
-    """LoRA. ``rank`` is a site's total, divided among the adapters its method trains."""
+    """LoRA. ``rank`` is a site's total, divided among the adapters its method trains; ``ranks``: sites with another."""
 
     rank: int = Field(default=16, ge=1, le=1024)
+    ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
     blocks: int = Field(default=4, ge=1)
     targets: str = "qv"
     scale: float = Field(default=2.0, gt=0)
     dropout: float = Field(default=0.05, ge=0, lt=1)
+
+    def rank_of(self, site: str) -> int:
+        """Return the rank of a site; the server's (site "") is the largest."""
+        return self.ranks.get(site, self.rank) if site else max(self.rank, *self.ranks.values(), 1)
 
     @field_validator("targets")
     @classmethod
@@ -147,13 +152,19 @@ class Experiment(Part):
                 fix="use a method that shares its head, or leave hold_out out",
             )
         for method in (self.build_method(), *map(make, self.controls)):
-            if not self.adapter.rank % len(method.slots):
-                continue
-            raise ConfigError(
-                f"rank {self.adapter.rank} cannot be divided among {len(method.slots)} adapters of {method.name}",
-                where="adapter.rank",
-                fix="use an even rank",
-            )
+            if min([self.adapter.rank, *self.adapter.ranks.values()]) < len(method.slots):
+                raise ConfigError(
+                    f"a rank of less than {len(method.slots)} cannot be divided among the adapters of {method.name}",
+                    where="adapter.rank",
+                    fix=f"use at least {len(method.slots)}",
+                )
+            if self.adapter.ranks and not (method.unequal or method.pools):
+                able = ", ".join(sorted(name for name, cls in METHODS.items() if cls.unequal))
+                raise ConfigError(
+                    f"{method.name} cannot carry adapters of different ranks",
+                    where="adapter.ranks",
+                    fix=f"leave adapter.ranks out, or use one of: {able}",
+                )
         return self
 
     def build_method(self) -> Method:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save
 
-from confrere.adapters import head, lora
+from confrere.adapters import lora
 from confrere.adapters.algebra import merge_slots
 from confrere.adapters.folder import export
 from confrere.backbones import Backbone
 from confrere.federation.site import Site
 from confrere.method import Method, Request
 from confrere.record.files import write_bytes, write_files, write_json
-from confrere.tensors import State, pick
+from confrere.tensors import State
 
 
 def export_adapters(
@@ -29,7 +30,8 @@ def export_adapters(
 ) -> None:
     """Write ``<site>/{general,personal,merged}/`` and ``<site>/head.{safetensors,json}`` for every examined site.
 
-    A slot that the method does not train is left out. ``merged`` holds all slots as one adapter of summed rank.
+    ``merged`` holds all slots as one adapter of summed rank, where the method's prediction is their sum.
+    ``head.safetensors`` holds all that is no LoRA factor: the head, and norms or gates of methods that have them.
     """
     hub = backbone.entry.kind in ("transformers", "timm")
     base = backbone.entry.source if hub else backbone.name  # what PEFT users pass to from_pretrained
@@ -39,12 +41,15 @@ def export_adapters(
             continue
         request = Request(kind="evaluate", round=round_, state=method.broadcast(server, name), model=model)
         params = sites[name].params(request)
-        for slot in method.slots:
+        slots = (*method.slots, *method.fixed)
+        for slot in slots:
             chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
             write_files(folder / name / slot, export(chosen, scale=backbone.scale, base_name=base))
-        merged = merge_slots(params, method.slots)
-        write_files(folder / name / "merged", export(merged, scale=backbone.scale, base_name=base))
-        write_bytes(folder / name / "head.safetensors", save(pick(params, lambda n: n in head.NAMES)))
+        if method.additive():
+            merged = merge_slots(params, slots)
+            write_files(folder / name / "merged", export(merged, scale=backbone.scale, base_name=base))
+        rest = {n: t.contiguous() for n, t in params.items() if lora.slot_of(n) is None}
+        write_bytes(folder / name / "head.safetensors", save(rest))
         write_json(
             folder / name / "head.json",
             {
@@ -61,5 +66,7 @@ def export_adapters(
                 "scale": backbone.scale,
                 "blocks": backbone.spec.blocks,
                 "targets": backbone.spec.targets,
+                "slots": ["merged"] if method.additive() else list(slots),
+                "method": {"name": method.name, **asdict(method)},
             },
         )

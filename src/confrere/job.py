@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from confrere.adapters import head, lora
+from confrere.adapters import lora
 from confrere.backbones import REGISTRY, Backbone, default_size, load
 from confrere.config import Experiment, read, validate
 from confrere.data.federation import Federation, load_federation
@@ -22,14 +22,15 @@ from confrere.export import export_adapters
 from confrere.federation.loop import Plan, best_round, cohort_size, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess
-from confrere.learner import TokenSet, TrainSettings
+from confrere.initial import initial_params
+from confrere.learner import TrainSettings
 from confrere.method import Method
 from confrere.prefix import cache_dir, join, tokens
 from confrere.record.files import read_json, write_bytes, write_json, write_state
 from confrere.record.machine import cores, machine
 from confrere.record.run import Run
-from confrere.seeds import torch_generator
 from confrere.tensors import Tensors
+from confrere.tokenset import TokenSet
 from confrere.verdicts import verdicts
 
 Notify = Callable[[dict[str, Any]], None]
@@ -117,11 +118,14 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
     backbone = load(
         spec.name,
         lora=lora.LoraSpec(
-            slots=method.slots,
+            slots=(*method.slots, *method.fixed),
             blocks=adapter.blocks,
             targets=adapter.targets,
             scale=adapter.scale,
             dropout=adapter.dropout,
+            gated=method.gated,
+            shifted=method.shifted,
+            norms=method.norms,
         ),
         depth=spec.depth or (REGISTRY[spec.name].keep if spec.name in REGISTRY else None),
         image_size=federation.image_size,
@@ -208,14 +212,10 @@ def make_site(task: Task, name: str, run: Run) -> Site:
 
 
 def initial(task: Task, site: str) -> Tensors:
-    """Return adapters and head before training: general ones from a common address, personal ones from the site's."""
-    rank = task.experiment.adapter.rank // len(task.method.slots)
-    params: dict[str, torch.Tensor] = {}
-    for slot in task.method.slots:
-        address = ("init", slot, site) if slot == "personal" else ("init", slot)
-        shapes = {n: s for n, s in task.backbone.adapter_shapes({slot: rank}).items() if lora.slot_of(n) == slot}
-        params |= lora.init(shapes, torch_generator(task.experiment.seed, *address))
-    return params | head.init(len(task.federation.classes), task.backbone.feature_dim)
+    """Return what is trained, before training; see :func:`confrere.initial.initial_params`."""
+    experiment, classes = task.experiment, len(task.federation.classes)
+    rank, full = experiment.adapter.rank_of(site), experiment.adapter.rank_of("")
+    return initial_params(task.backbone, task.method, site, classes=classes, rank=rank, full=full, seed=experiment.seed)
 
 
 def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:

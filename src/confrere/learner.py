@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from confrere.errors import TrainingError
 from confrere.objectives import Objective, class_weights, objective
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tensors import Tensors
+from confrere.tokenset import Batch, TokenSet, feed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,96 +41,6 @@ class TrainSettings:
     loss: str = "cross-entropy"
     clip: float = 1.0
     views: int = 1
-
-
-class Array(Protocol):
-    """What gives copies of rows by number: an array, a file mapped while it is read, or several of them as one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSet:
-    """One site's images after the frozen prefix, with labels, patients and split.
-
-    Args:
-        tokens: float32 array-like (N, tokens, width), usually memory-mapped; int16 holds the bits of bfloat16.
-        views: other orientations of the training images, each (training images, tokens, width).
-        labels: int64 (N,). groups: int64 (N,), opaque patient numbers. split: int8 (N,), 0 train, 1 val, 2 test.
-    """
-
-    tokens: Array
-    labels: np.ndarray
-    groups: np.ndarray
-    split: np.ndarray
-    classes: tuple[str, ...]
-    views: tuple[Array, ...] = ()
-
-    def rows(self, split: str) -> np.ndarray:
-        """Return the row numbers of ``train``, ``val`` or ``test``."""
-        return np.flatnonzero(self.split == ("train", "val", "test").index(split))
-
-    def batch(self, rows: np.ndarray, views: np.ndarray | None = None) -> Batch:
-        """Return the rows as tensors, copied out of the memory map; training rows in the orientation of ``views``."""
-        found = self.tokens[rows]
-        if views is not None:
-            at = np.searchsorted(self.rows("train"), rows)
-            for view in np.unique(views[views > 0]):
-                found[views == view] = self.views[view - 1][at[views == view]]
-        tokens = torch.from_numpy(found)
-        if tokens.dtype == torch.int16:
-            tokens = tokens.view(torch.bfloat16)
-        return Batch(tokens, torch.from_numpy(self.labels[rows]))
-
-
-def as_numpy(tokens: Tensor) -> np.ndarray:
-    """Return tokens as an array for :class:`TokenSet`; bfloat16, which NumPy lacks, as int16 of the same bits."""
-    tokens = tokens.cpu()
-    return (tokens.view(torch.int16) if tokens.dtype == torch.bfloat16 else tokens).numpy()
-
-
-@dataclass
-class Batch:
-    """Tokens (B, N, D), labels (B,), and the inputs of the adapted layers when they were captured."""
-
-    tokens: Tensor
-    labels: Tensor
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-
-    def to(self, device: torch.device) -> Batch:
-        """Return a copy on ``device``, without waiting for it when this one is pinned."""
-        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
-
-    def pinned(self) -> Batch:
-        """Return a copy in page-locked memory, from which a GPU reads by itself."""
-        return Batch(self.tokens.pin_memory(), self.labels.pin_memory())
-
-
-def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches on ``device``: on CUDA from pinned memory over a stream of their own; on the CPU as they are.
-
-    The CUDA path has not been measured: no machine of ours has one.
-    """
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    kept: list[
-        Batch
-    ] = []  # pinned sources and copies of this batch and the next: alive until the step that uses them ends
-    for batch in batches:
-        pinned = batch.pinned()
-        with torch.cuda.stream(stream):
-            copy = pinned.to(device)
-        if kept:
-            yield kept[1]
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.current_stream(device).synchronize()  # the last step is done: its memory may be used again
-        kept = [pinned, copy]
-    if kept:
-        yield kept[1]
 
 
 class AdamW:
@@ -212,6 +122,10 @@ class Learner:
         *,
         train: Callable[[str], bool] | None = None,
         penalty: Callable[[Tensors, Batch], Tensor] | None = None,
+        loss: Callable[[Tensors, Batch], Tensor] | None = None,
+        correct: Tensors | None = None,
+        mean_gradient: dict[str, Tensor] | None = None,
+        steps: int | None = None,
         capture: bool = False,
         tag: str = "fit",
     ) -> dict[str, Tensor]:
@@ -221,6 +135,10 @@ class Learner:
             params: every tensor the backbone needs.
             train: names to train; the others stay constant. Default: all.
             penalty: added to the task loss of each batch.
+            loss: used instead of the task loss of ``params`` themselves, e.g. :meth:`loss` of a mixture with others.
+            correct: added to the gradient, by name, before it is clipped.
+            mean_gradient: receives the mean over the steps of the gradient without ``correct``.
+            steps: instead of ``settings.steps``, for methods that divide a round's steps.
             capture: fill ``batch.inputs`` with the undropped input of each adapted layer.
             tag: address of the batches, for methods that fit twice a round.
 
@@ -230,21 +148,23 @@ class Learner:
         # Sorted, because the order of a sum decides its last bit and a wire or a file may reorder names.
         device = self.backbone.device
         leaves = {n: params[n].detach().to(device, copy=True) for n in sorted(params)}
-        trained = [t.requires_grad_() for n, t in leaves.items() if train is None or train(n)]
-        cfg = self.settings
-        optimiser = AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-        task = self._objective()
+        trained = {n: t.requires_grad_() for n, t in leaves.items() if train is None or train(n)}
+        cfg, steps = self.settings, self.settings.steps if steps is None else steps
+        optimiser = AdamW(list(trained.values()), lr=cfg.lr, weight_decay=cfg.weight_decay)
         losses = []
         with self.backbone.dropout(torch_generator(self.seed, "dropout", tag, self.round, self.site)):
-            for batch in feed(self.batches(cfg.steps, tag), device):
-                logits = self.backbone.logits(leaves, batch.tokens, capture=batch.inputs if capture else None)
-                loss = task(logits, batch.labels)
-                losses.append(float(loss.detach()))
+            for batch in feed(self.batches(steps, tag), device):
+                value = loss(leaves, batch) if loss else self.loss(leaves, batch, capture=capture)
+                losses.append(float(value.detach()))
                 if penalty is not None:
-                    loss = loss + penalty(leaves, batch)
+                    value = value + penalty(leaves, batch)
                 optimiser.zero_grad()
-                torch.autograd.backward(loss)
-                norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
+                torch.autograd.backward(value)
+                if mean_gradient is not None:
+                    _accumulate(mean_gradient, trained, 1 / steps)
+                if correct is not None:
+                    _accumulate_into(trained, correct)
+                norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), cfg.clip)
                 if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
                     raise TrainingError(
                         "the training loss or its gradient is not finite",
@@ -254,6 +174,28 @@ class Learner:
                 optimiser.step()
         self.metrics["loss"] = sum(losses) / max(1, len(losses))
         return {n: t.detach().cpu() for n, t in leaves.items()}
+
+    def loss(self, params: Tensors, batch: Batch, *, capture: bool = False) -> Tensor:
+        """Return the task loss of a batch, a scalar with gradient with respect to ``params``."""
+        logits = self.backbone.logits(params, batch.tokens, capture=batch.inputs if capture else None)
+        return self._objective()(logits, batch.labels)
+
+    def sweep(self, split: str, *, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
+        """Yield all images of ``train`` or ``val`` once, in order (or the first ``limit``), on the device."""
+        if split == "test":
+            raise TrainingError("test images do not train", where=f"site {self.site}", fix="use train or val")
+        rows = self.data.rows(split)[:limit]
+        parts = (self.data.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
+        yield from feed(parts, self.backbone.device)
+
+    @torch.no_grad()
+    def mean_loss(self, params: Tensors, split: str, *, limit: int | None = None) -> float:
+        """Return the mean task loss over a split, without dropout; NaN for an empty one."""
+        with self.backbone.dropout(None):
+            sums = [
+                (float(self.loss(params, b)) * len(b.labels), len(b.labels)) for b in self.sweep(split, limit=limit)
+            ]
+        return sum(v for v, _ in sums) / sum(n for _, n in sums) if sums else math.nan
 
     def _objective(self) -> Objective:
         if self.settings.balance != "weights":
@@ -268,15 +210,40 @@ class Learner:
             return self.backbone.features(params, batch.tokens)
 
 
-def predict(backbone: Backbone, params: Tensors, data: TokenSet, rows: np.ndarray, *, batch_size: int = 64) -> Tensor:
-    """Return logits (len(rows), classes) without gradient or dropout.
+def _accumulate(into: dict[str, Tensor], trained: Tensors, weight: float) -> None:
+    """Add ``weight`` times each tensor's gradient (zero without one)."""
+    for name, tensor in trained.items():
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.detach() * weight
+        into[name] = into[name] + gradient.cpu() if name in into else gradient.cpu()
+
+
+def _accumulate_into(trained: Tensors, correct: Tensors) -> None:
+    """Add the correction to the gradients of the tensors it names."""
+    for name in sorted(trained.keys() & correct.keys()):
+        tensor, extra = trained[name], correct[name].to(trained[name].device)
+        tensor.grad = extra.clone() if tensor.grad is None else tensor.grad + extra
+
+
+Scores = Callable[[Backbone, Tensors, Tensor], Tensor]
+
+
+def predict(
+    backbone: Backbone,
+    params: Tensors,
+    data: TokenSet,
+    rows: np.ndarray,
+    *,
+    batch_size: int = 64,
+    scores: Scores = Backbone.logits,
+) -> Tensor:
+    """Return logits (len(rows), classes) without gradient or dropout; ``scores`` is a method's way to predict.
 
     Raises:
         TrainingError: a logit is not finite, which finite but exploded weights can give.
     """
     with torch.no_grad():
         parts = [
-            backbone.logits(params, data.batch(rows[i : i + batch_size]).tokens).cpu()
+            scores(backbone, params, data.batch(rows[i : i + batch_size]).tokens).cpu()
             for i in range(0, len(rows), batch_size)
         ]
     return refuse_infinite(torch.cat(parts) if parts else torch.zeros(0, len(data.classes)))

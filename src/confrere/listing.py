@@ -51,13 +51,25 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """Return what leaves a site and what stays, in words, for lists and reports."""
-    parts = {f"{slot} adapter": f"x.lora_B.{slot}.weight" for slot in method.slots} | {"head": head.WEIGHT}
-    sent = [part for part, name in parts.items() if method.sends and method.shared(name)]
+    sent: list[str] = []
+    kept: list[str] = []
+    parts = {slot: (f"x.lora_A.{slot}.weight", f"x.lora_B.{slot}.weight") for slot in method.slots}
+    for slot, (a, b) in parts.items():
+        leaves = [bool(method.sends) and method.shared(name) for name in (a, b)]
+        if leaves[0] == leaves[1]:
+            (sent if leaves[0] else kept).append(f"{slot} adapter")
+        else:
+            sent.append(f"{slot} {'A' if leaves[0] else 'B'}")
+            kept.append(f"{slot} {'B' if leaves[0] else 'A'}")
+    others = {"gates": ("x.lora_gate.weight", method.gated), "norms": ("x.norm1.weight", method.norms)}
+    for part, (name, there) in {**others, "head": (head.WEIGHT, True)}.items():
+        if there:
+            (sent if method.sends and method.shared(name) else kept).append(part)
     return {
         "name": method.name,
         "title": method.title,
         "paper": method.paper,
         "needs": method.needs,
-        "sends": ["all images and labels"] if method.pools else sent,
-        "keeps": [part for part in parts if part not in sent] + list(method.also_keeps),
+        "sends": ["all images and labels"] if method.pools else [*sent, *method.also_sends],
+        "keeps": [*kept, *method.also_keeps],
     }

@@ -18,6 +18,9 @@ from confrere.errors import ConfigError
 from confrere.tensors import State, Tensors, pick, weighted_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from confrere.backbones import Backbone
     from confrere.learner import Learner
 
 
@@ -56,7 +59,23 @@ class Method:
     paper: ClassVar[str] = ""
     sends: ClassVar[tuple[str, ...]] = ("shared",)
     slots: ClassVar[tuple[str, ...]] = ("general",)
-    """Adapters of a site. The rank budget of an experiment is divided equally among them."""
+    """Adapters that are trained. The rank budget of an experiment is divided equally among them."""
+    own: ClassVar[tuple[str, ...]] = ("personal",)
+    """Slots that every site draws for itself; the others start equal everywhere."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Further slots that only hold what was merged: never trained, of any rank, always given by :meth:`personal`."""
+    gated: ClassVar[bool] = False
+    """Whether every adapted layer weighs its slots token by token."""
+    shifted: ClassVar[bool] = False
+    """Whether slots add a vector between their factors."""
+    norms: ClassVar[bool] = False
+    """Whether the layer norms of the adapted blocks are trained, too."""
+    unequal: ClassVar[bool] = False
+    """Whether sites may have adapters of different ranks."""
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """What tuning tries beside the learning rate: ``("log", low, high)``, ``("linear", low, high)`` or choices."""
+    also_sends: ClassVar[tuple[str, ...]] = ()
+    """What leaves a site besides what :meth:`shared` says, in words for reports."""
     also_keeps: ClassVar[tuple[str, ...]] = ()
     """What stays at a site besides the slots that are not shared, in words for reports."""
     pools: ClassVar[bool] = False
@@ -95,6 +114,15 @@ class Method:
     def personal(self, received: State, state: State) -> Tensors:
         """Return the tensors this site predicts with: shared and private together."""
         return {**received.get("shared", {}), **state.get("private", {})}
+
+    def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
+        """Return class scores (B, K) of images, given what :meth:`personal` returned."""
+        return backbone.logits(params, tokens)
+
+    def additive(self) -> bool:
+        """Return whether prediction is that of one merged adapter, which any program can load."""
+        plain = type(self).scores is Method.scores
+        return plain and not (self.gated or self.shifted or self.norms)
 
     def split(self, params: Tensors) -> tuple[State, State]:
         """Return ``params`` as payload and private state, by :meth:`shared`."""

@@ -19,6 +19,7 @@ from confrere.config import read
 from confrere.data.decode import BadImageError, decode
 from confrere.data.options import DataOptions
 from confrere.errors import DataError, RunError
+from confrere.method import make
 from confrere.record.files import read_json, write_bytes
 from confrere.tensors import Tensors
 
@@ -37,16 +38,24 @@ class Predictor:
             )
         self.info = read_json(folder / "head.json")
         self.classes: list[str] = self.info["classes"]
-        adapter = import_(folder / "merged", slot="general", scale=self.info["scale"])
-        self.params: Tensors = {**adapter, **_head(folder / "head.safetensors")}
+        slots: list[str] = self.info["slots"]
+        params: dict[str, torch.Tensor] = {}
+        for slot in slots:
+            params |= import_(folder / slot, slot=slot, scale=self.info["scale"])
+        self.params: Tensors = {**params, **_head(folder / "head.safetensors")}
+        options = dict(self.info["method"])
+        self.method = make(options.pop("name"), options)
         self.backbone: Backbone = load(
             str(read(run / "experiment.toml").get("backbone", {}).get("name", self.info["backbone"])),
             lora=lora.LoraSpec(
-                slots=("general",),
+                slots=tuple(slots),
                 blocks=self.info["blocks"],
                 targets=self.info["targets"],
                 scale=self.info["scale"],
                 dropout=0.0,
+                gated=self.method.gated,
+                shifted=self.method.shifted,
+                norms=self.method.norms,
             ),
             depth=self.info["depth"],
             image_size=tuple(self.info["image_size"]),
@@ -58,7 +67,7 @@ class Predictor:
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return calibrated probabilities (B, K) of decoded images (B, H, W, 3) uint8."""
         with torch.no_grad():
-            logits = self.backbone.logits(self.params, self.backbone.prefix(images)).double()
+            logits = self.method.scores(self.backbone, self.params, self.backbone.prefix(images)).double()
         return np.asarray((logits / self.info["temperature"]).softmax(1))
 
     def overlay(self, image: np.ndarray) -> bytes:

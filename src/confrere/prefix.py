@@ -14,8 +14,8 @@ from confrere.data.cache import DECODER
 from confrere.data.federation import SiteImages
 from confrere.data.mapped import Mapped, one_maker
 from confrere.errors import ConfigError, DataError
-from confrere.learner import Array, TokenSet, as_numpy
 from confrere.seeds import derive
+from confrere.tokenset import Array, TokenSet, as_numpy
 
 BATCH = 64
 

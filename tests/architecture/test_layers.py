@@ -18,9 +18,10 @@ ROWS = [
     {"tensors", "seeds", "errors"},
     {"adapters", "objectives", "metrics", "data"},
     {"backbones"},  # carries adapters
+    {"tokenset"},
     {"learner"},
     {"method", "prefix"},
-    {"methods"},
+    {"methods", "initial"},
     {"record"},
     {"federation"},
     {"report", "verdicts", "export", "listing", "config"},
@@ -46,7 +47,7 @@ HOMES = {
 FORBIDDEN = {"yaml", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "os.system"}
 # What a method may know: its own tensors, and what `update` is given.
-OF_METHODS = {"tensors", "adapters", "method", "errors", "learner", "methods"}
+OF_METHODS = {"tensors", "adapters", "backbones", "method", "errors", "learner", "methods", "tokenset", "seeds"}
 
 
 def unit(path: Path) -> str:

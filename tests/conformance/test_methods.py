@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
+from tiny_federation import SITES, backbone_of, initial_params, tiny_plan, tiny_run, tiny_sites
 
 from confrere import config
 from confrere.federation.loop import federate
@@ -87,7 +87,7 @@ def test_order_of_replies_and_the_wire_do_not_matter(method: Method, tmp_path: P
     plain, plain_sites = tiny_run(method, tmp_path / "1")
     for kind, transport in (("order", Shuffled), ("wire", lambda s: Disk(s, tmp_path))):
         sites = tiny_sites(method)
-        server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+        server = method.init_server(initial_params(backbone_of(method), method, ""))
         final = federate(method, server, transport(sites), tiny_plan(method), Run(tmp_path / kind))
         assert digest(final) == digest(plain), kind
         assert site_states(sites, 3) == site_states(plain_sites, 3), kind
@@ -98,7 +98,7 @@ def test_order_of_replies_and_the_wire_do_not_matter(method: Method, tmp_path: P
 def test_the_number_of_workers_changes_no_byte(method: Method, workers: int, tmp_path: Path) -> None:
     plain, plain_sites = tiny_run(method, tmp_path / "1")
     sites = tiny_sites(method)
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
     final = federate(method, server, InProcess(sites, workers), tiny_plan(method), Run(tmp_path / "many"))
     assert digest(final) == digest(plain)
     assert site_states(sites, 3) == site_states(plain_sites, 3)
@@ -107,7 +107,7 @@ def test_the_number_of_workers_changes_no_byte(method: Method, workers: int, tmp
 @every
 def test_redelivery_gives_the_same_reply_and_state(method: Method) -> None:
     sites = tiny_sites(method)
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
     site = sites[trainers(method)[0]]
     request = Request(kind="train", round=1, state=method.broadcast(server, site.name))
     first = site.handle(request)
@@ -120,7 +120,7 @@ def test_redelivery_gives_the_same_reply_and_state(method: Method) -> None:
 @every
 def test_only_declared_groups_leave_and_no_private_tensor_among_them(method: Method) -> None:
     sites = tiny_sites(method)
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
     for name in trainers(method):
         reply = sites[name].handle(Request(kind="train", round=1, state=method.broadcast(server, name)))
         assert set(reply.state) <= set(method.sends)
@@ -134,7 +134,7 @@ def test_only_declared_groups_leave_and_no_private_tensor_among_them(method: Met
 @every
 def test_inputs_are_not_changed(method: Method) -> None:
     sites = tiny_sites(method)
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
     replies = []
     for name in trainers(method):
         received = method.broadcast(server, name)
@@ -163,8 +163,8 @@ def test_resume_equals_the_uninterrupted_run(method: Method, tmp_path: Path) -> 
 @every
 def test_zero_learning_rate_is_a_fixed_point(method: Method, tmp_path: Path) -> None:
     final, sites = tiny_run(method, tmp_path, lr=0.0, weight_decay=0.0)
-    start = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
-    backbone = tiny_backbone(method.slots)
+    start = method.init_server(initial_params(backbone_of(method), method, ""))
+    backbone = backbone_of(method)
     for name in SITES:
         untrained = method.personal(method.broadcast(start, name), method.init_site(sites[name].initial()))
         trained = sites[name].params(Request(kind="evaluate", round=3, state=method.broadcast(final, name)))
@@ -179,7 +179,7 @@ def test_equal_sites_stay_equal(method: Method) -> None:
         pytest.skip("the pooled control has one training site")
     sites = tiny_sites(method)
     twin = tiny_sites(method)["a"]
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
     received = method.broadcast(server, "a")
     replies = [s.handle(Request(kind="train", round=1, state=received)) for s in (sites["a"], twin)]
     merged = method.aggregate(server, replies)
@@ -214,7 +214,7 @@ def test_a_method_that_needs_a_sum_gets_by_with_one(method: Method) -> None:
     if method.needs != "sum" or not method.sends or method.pools:
         pytest.skip("needs each update, sends nothing, or has one site")
     sites = tiny_sites(method)
-    server = method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
     replies = [s.handle(Request(kind="train", round=1, state=method.broadcast(server, n))) for n, s in sites.items()]
     pooled = {g: weighted_mean([(r.weight, r.state[g]) for r in replies]) for g in replies[0].state}
     one = Reply(site="sum", round=1, state=pooled, weight=sum(r.weight for r in replies))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_federation import SITES, initial_params, tiny_backbone, tiny_plan, tiny_run, tiny_sites
+from tiny_federation import SITES, backbone_of, initial_params, tiny_plan, tiny_run, tiny_sites
 
 from confrere.adapters.algebra import pairs, product
 from confrere.errors import RunError
@@ -28,7 +28,7 @@ from confrere.tensors import State, digest, weighted_mean
 
 
 def start(method: Method) -> State:
-    return method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    return method.init_server(initial_params(backbone_of(method), method, ""))
 
 
 def go(method: Method, run: Run, sites: dict[str, Site] | None = None, **plan: Any) -> State:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_federation import CLASSES, SITES, initial_params, tiny_backbone, tiny_sites
+from tiny_federation import CLASSES, SITES, backbone_of, initial_params, tiny_sites
 
 from confrere.errors import TrainingError, UpdateRefusedError
 from confrere.federation import site as site_module
@@ -25,7 +25,7 @@ from confrere.tensors import State, Tensors, digest
 
 
 def start(method: Method) -> State:
-    return method.init_server(initial_params(tiny_backbone(method.slots), method, ""))
+    return method.init_server(initial_params(backbone_of(method), method, ""))
 
 
 def ask(site: Site, round_: int = 1, **changes: Any) -> Request:

@@ -61,6 +61,15 @@ def merge_slots(tensors: Tensors, slots: Iterable[str], into: str = "merged") ->
     return named({layer: concat([each[layer] for each in factors if layer in each]) for layer in layers}, into)
 
 
+def cut(tensors: Tensors, rank: int) -> dict[str, Tensor]:
+    """Return the tensors with the first ``rank`` rows of every ``A`` and columns of every ``B``; others as they are."""
+    sides = {name: side_of(name) for name in tensors}
+    return {
+        name: value[:rank].clone() if sides[name] == "A" else value[:, :rank].clone() if sides[name] == "B" else value
+        for name, value in tensors.items()
+    }
+
+
 def refactor(pair: Pair, rank: int) -> Pair:
     """Return the best pair of ``rank`` for ``pair``'s product (least squares), with ``A A^T = B^T B``.
 

@@ -25,13 +25,27 @@ class LoraLinear(nn.Module):
     """``y = W x + b + scale * sum over slots of B_s A_s dropout(x)``, the input being dropped once for all slots.
 
     Names are those of PEFT's ``Linear``: ``base_layer.weight``, ``lora_A.<slot>.weight``, ``lora_B.<slot>.weight``.
+    Two extensions are off unless a method asks for them: slots that count by a weight, of a gate token by token
+    (``softmax(G x)``) or of each image (``by_image``), and a shift between the factors, ``B_s (A_s x + q_s)``.
     """
 
-    def __init__(self, base: nn.Linear, slots: Sequence[str], scale: float, dropout: float) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        slots: Sequence[str],
+        scale: float,
+        dropout: float,
+        *,
+        gated: bool = False,
+        shifted: bool = False,
+    ) -> None:
         super().__init__()
         self.base_layer, self.scale = base, scale
         self.lora_A = nn.ModuleDict({slot: Factor() for slot in slots})
         self.lora_B = nn.ModuleDict({slot: Factor() for slot in slots})
+        self.lora_gate = Factor() if gated else None
+        self.lora_shift = nn.ModuleDict({slot: Factor() for slot in slots}) if shifted else None
+        self.by_image: Tensor | None = None
         self.dropout = SeededDropout(dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -43,7 +57,22 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., o)."""
         a, b = self.factors()
-        return add_low_rank(self.base_layer(x), nn.functional.linear(self.dropout(x), a), b, self.scale)
+        inner = nn.functional.linear(self.dropout(x), a)
+        if self.lora_shift is not None:
+            inner = inner + torch.cat([shift.weight for shift in self.lora_shift.values()])  # type: ignore[misc]
+        if self.lora_gate is not None or self.by_image is not None:
+            inner = inner * self._weights(x)
+        return add_low_rank(self.base_layer(x), inner, b, self.scale)
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """Return how much each slot counts, (..., R)."""
+        if self.by_image is not None:
+            weights = self.by_image.to(x.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
+        else:
+            weights = nn.functional.linear(x, self.lora_gate.weight).softmax(-1)  # type: ignore[union-attr]
+        ranks = [len(factor.weight) for factor in self.lora_A.values()]  # type: ignore[arg-type]
+        each: Tensor = weights.repeat_interleave(torch.tensor(ranks, device=x.device), -1)
+        return each
 
 
 def add_low_rank(out: Tensor, inner: Tensor, b: Tensor, scale: float) -> Tensor:

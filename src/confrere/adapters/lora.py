@@ -47,6 +47,9 @@ class LoraSpec:
             expression that must match a layer's path inside its block, e.g. ``r"mlp\.fc[12]"``.
         scale: factor on ``B A x``, the same for every rank (PEFT's ``lora_alpha / r``).
         dropout: probability of dropping an input of ``A`` while training, in [0, 1).
+        gated: every adapted layer weighs its slots token by token, ``softmax(G x)``.
+        shifted: every slot adds a vector between its factors, ``B (A x + q)``.
+        norms: the layer norms of the adapted blocks and the final one may be replaced by name, too.
 
     Raises:
         ConfigError: a value out of range.
@@ -57,6 +60,9 @@ class LoraSpec:
     targets: str = "qv"
     scale: float = 2.0
     dropout: float = 0.05
+    gated: bool = False
+    shifted: bool = False
+    norms: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.slots)) != len(self.slots):
@@ -131,6 +137,8 @@ def inject(module: nn.Module, layers: Sequence[str], spec: LoraSpec) -> None:
     for path in layers if spec.slots else ():
         parent, _, leaf = path.rpartition(".")
         owner = module.get_submodule(parent)
-        setattr(owner, leaf, LoraLinear(getattr(owner, leaf), spec.slots, spec.scale, spec.dropout))
+        base = getattr(owner, leaf)
+        layer = LoraLinear(base, spec.slots, spec.scale, spec.dropout, gated=spec.gated, shifted=spec.shifted)
+        setattr(owner, leaf, layer)
     module.requires_grad_(False)
     module.eval()

@@ -33,3 +33,13 @@ def side_of(name: str) -> Literal["A", "B"] | None:
 def tensor_name(layer: str, side: Literal["A", "B"], slot: str) -> str:
     """Return the canonical name of one factor."""
     return f"{layer}.lora_{side}.{slot}.weight"
+
+
+def gate_name(layer: str) -> str:
+    """Return the name of a layer's gate (slots, d_in), which weighs its slots token by token."""
+    return f"{layer}.lora_gate.weight"
+
+
+def shift_name(layer: str, slot: str) -> str:
+    """Return the name of the vector (r,) that is added between ``A`` and ``B``."""
+    return f"{layer}.lora_shift.{slot}.weight"

@@ -52,6 +52,16 @@ class Anatomy:
         """Return the transformer blocks in order (empty when the module cannot be cut)."""
         return list(self.root.get_submodule(self.blocks_path).children()) if self.blocks_path else []
 
+    def norms_after(self, cut: int) -> dict[str, Tensor]:
+        """Return copies of the layer norms' weights and biases from block ``cut`` on, and of the final norm's."""
+        kept = tuple(f"{self.blocks_path}.{index}." for index in range(cut, len(self.blocks)))
+        return {
+            f"{path}.{name}": value.detach().float().clone()
+            for path, module in self.root.named_modules()
+            if isinstance(module, nn.LayerNorm) and (module is self.norm or path.startswith(kept))
+            for name, value in module.named_parameters()
+        }
+
     def drop_blocks_after(self, depth: int) -> None:
         """Remove the blocks from ``depth`` on; the paths of the others stay as they were."""
         if self.blocks_path:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from confrere.adapters import head, lora
+from confrere.adapters.names import gate_name, shift_name
 from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.registry import HALF, Entry
 from confrere.backbones.suffix import Suffix
@@ -50,6 +51,7 @@ class Backbone:
         feature_dim: F, the width of a feature vector.
         layers: module paths of the adapted linear layers.
         scale: factor on every ``B A x``, whatever the rank.
+        norms: frozen weights and biases of the layer norms that may be replaced by name (float32).
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class Backbone:
         self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers).eval()
         self._first.to(self.device, self.dtype)
         self._local, self._lock = threading.local(), threading.Lock()
-        self._required = tuple(f"root.{name}" for name in self.adapter_shapes(dict.fromkeys(spec.slots, 1)))
+        self.norms = anatomy.norms_after(self.cut) if spec.norms else {}
+        names = [*self.adapter_shapes(dict.fromkeys(spec.slots, 1)), *self.extras({}), *self.norms]
+        self._required = frozenset(f"root.{name}" for name in names)
         mean, std = entry.mean or HALF, entry.std or HALF
         self._gain = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(self.device)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(self.device)
@@ -124,6 +128,17 @@ class Backbone:
         """
         return lora.shapes(self._sizes, ranks)
 
+    def extras(self, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of gates (slots, d_in) and shifts (rank,), where the slots have them."""
+        spec = self.spec
+        found: dict[str, tuple[int, ...]] = {}
+        for layer, (d_in, _) in self._sizes.items():
+            if spec.gated:
+                found[gate_name(layer)] = (len(spec.slots), d_in)
+            for slot in spec.slots if spec.shifted else ():
+                found[shift_name(layer, slot)] = (ranks.get(slot, 1),)
+        return found
+
     def normalise(self, images: np.ndarray[Any, Any] | Tensor) -> Tensor:
         """Return images (B, H, W, 3) uint8 as normalised float32 (B, 3, H, W) on the backbone's device.
 
@@ -161,7 +176,8 @@ class Backbone:
         """Return float32 feature vectors (B, F) with gradient with respect to ``params``.
 
         Args:
-            params: every slot's adapter tensors by canonical name; other names (the head) are ignored.
+            params: every slot's adapter tensors by canonical name, gates, shifts and norms where the backbone has
+                them; other names (the head) are ignored.
             tokens: what :meth:`prefix` returned.
             capture: if given, receives the input (B, N, d_in) of every adapted layer under the layer's path,
                 without gradient (which takes the time that ``shortcut`` saves).
@@ -170,9 +186,11 @@ class Backbone:
             BackboneError: an adapter tensor is missing.
         """
         given = {
-            f"root.{name}": value.to(self.device, self.dtype) for name, value in params.items() if lora.slot_of(name)
+            f"root.{name}": value.to(self.device, self.dtype)
+            for name, value in params.items()
+            if lora.slot_of(name) or f"root.{name}" in self._required
         }
-        missing = [name.removeprefix("root.") for name in self._required if name not in given]
+        missing = sorted(name.removeprefix("root.") for name in self._required if name not in given)
         if missing or len(given) > len(self._required):
             self._refuse(missing, given)
         suffix = self._suffix
@@ -209,6 +227,12 @@ class Backbone:
         finally:
             for layer, old in zip(dropouts, before, strict=True):
                 layer.generator = old
+
+    @contextmanager
+    def weighing(self, weights: Tensor) -> Iterator[None]:
+        """Let each image's slots count by ``weights`` (B, slots) inside the ``with`` block."""
+        with self._suffix.weighing(weights.to(self.device)):
+            yield
 
     @contextmanager
     def full_last_block(self) -> Iterator[None]:

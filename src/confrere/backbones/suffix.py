@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from confrere.adapters.dropout import SeededDropout
+from confrere.adapters.layer import LoraLinear
 from confrere.backbones import block
 from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.registry import Pool
@@ -34,7 +35,9 @@ class Suffix(nn.Module):
         self.anatomy = anatomy
         self.dropouts = [module for module in self.root.modules() if isinstance(module, SeededDropout)]
         self.lean = anatomy.family in block.LAYOUTS
-        self.shortcut = pool == "cls" and self.lean
+        self.adapted = [module for module in self.root.modules() if isinstance(module, LoraLinear)]
+        plain = not any(layer.lora_gate or layer.lora_shift for layer in self.adapted)
+        self.shortcut = pool == "cls" and self.lean and plain
 
     def twin(self) -> Suffix:
         """Return a copy of the modules that shares every frozen tensor: a few hundred kB, whatever the model's size."""
@@ -96,6 +99,18 @@ class Suffix(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def weighing(self, weights: Tensor) -> Iterator[None]:
+        """Let the slots of every adapted layer count by ``weights`` (B, slots) inside the ``with`` block."""
+        try:
+            for layer in self.adapted:
+                layer.by_image = weights
+            with self.full_last_block():
+                yield
+        finally:
+            for layer in self.adapted:
+                layer.by_image = None
 
     @contextmanager
     def full_last_block(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from confrere.adapters.algebra import column_overlap, concat, pairs, product, product_cosine, row_overlap
+from confrere.adapters.algebra import Pair, column_overlap, concat, pairs, product, product_cosine, row_overlap
+from confrere.adapters.names import side_of, slot_of
 from confrere.method import Reply
 from confrere.tensors import Tensors, sub
 
@@ -45,10 +46,11 @@ def adapter_overlap(params: Tensors, inputs: Tensors) -> dict[str, float | None]
 def site_similarity(server: Tensors, replies: Sequence[Reply]) -> dict[str, object] | None:
     """Return the cosine of the sites' updates (what was sent minus what was received), as names and a matrix.
 
-    None for fewer than two senders, for more than :data:`COMPARED`, and when an update is zero.
+    None for fewer than two senders, for more than :data:`COMPARED`, when an update is zero, and when what is sent
+    has other names or shapes than what the server holds.
     """
     senders = [r for r in replies if r.state.get("shared")]
-    if not 2 <= len(senders) <= COMPARED:
+    if not 2 <= len(senders) <= COMPARED or any(_shapes(r.state["shared"]) != _shapes(server) for r in senders):
         return None
     updates = torch.stack([_flat(sub(r.state["shared"], server)) for r in senders])
     norms = updates.norm(dim=1, keepdim=True)
@@ -64,18 +66,28 @@ def aggregation_error(aggregated: Tensors, replies: Sequence[Reply], slot: str =
     Factor averaging is not the average of updates; this is by how much.
     """
     senders = [r for r in replies if r.state.get("shared")]
-    merged = pairs(aggregated, slot)
-    if not senders or not merged:
+    merged = _complete(aggregated, slot)
+    factors = [_complete(r.state["shared"], slot) for r in senders]
+    if not senders or not merged or any(f.keys() != merged.keys() for f in factors):
         return None
     total = sum(r.weight for r in senders)
     weights = [r.weight / total for r in senders]
-    factors = [pairs(r.state["shared"], slot) for r in senders]
     mean_square = error_square = 0.0
     for layer, pair in merged.items():
         mean = product(concat([f[layer] for f in factors], weights))
         mean_square += float(mean.double().square().sum())
         error_square += float((mean - product(pair)).double().square().sum())
     return (error_square / mean_square) ** 0.5 if mean_square > 0 else None
+
+
+def _complete(tensors: Tensors, slot: str) -> dict[str, Pair]:
+    """Return the pairs of a slot; none when only one of the factors is there."""
+    sides = {side_of(name) for name in tensors if slot_of(name) == slot}
+    return pairs(tensors, slot) if sides == {"A", "B"} else {}
+
+
+def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def _flat(tensors: Tensors) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from confrere.learner import TokenSet
 from confrere.metrics.calibration import ece, fit_temperature, reliability
 from confrere.metrics.classification import evaluate
 from confrere.seeds import numpy_generator
+from confrere.tokenset import TokenSet
 
 
 def examine(

@@ -16,12 +16,13 @@ from confrere.backbones import Backbone
 from confrere.errors import UpdateRefusedError
 from confrere.federation.diagnostics import adapter_overlap
 from confrere.federation.examine import examine
-from confrere.learner import Learner, TokenSet, TrainSettings, predict, refuse_infinite
+from confrere.learner import Learner, TrainSettings, predict, refuse_infinite
 from confrere.method import Method, Reply, Request
 from confrere.metrics.classification import confidence, score
 from confrere.record.store import Store
 from confrere.seeds import numpy_generator
 from confrere.tensors import State, Tensors, digest
+from confrere.tokenset import TokenSet
 
 
 @dataclass(kw_only=True)
@@ -119,7 +120,7 @@ class Site:
         asked = digest({"": params})
         model, logits = self._predicted.get(rows.tobytes(), ("", None))
         if logits is None or model != asked:
-            logits = predict(self.backbone, params, self.data, rows)
+            logits = predict(self.backbone, params, self.data, rows, scores=self.method.scores)
             self._predicted[rows.tobytes()] = asked, logits
         return logits
 
@@ -129,7 +130,11 @@ class Site:
         batch = self.data.batch(rows if len(rows) else self.data.rows("train")[:8])
         two = pairs(params, "general") and pairs(params, "personal")
         with torch.no_grad():
-            refuse_infinite(self.backbone.logits(params, batch.tokens, capture=batch.inputs if two else None))
+            if two:
+                logits = self.backbone.logits(params, batch.tokens, capture=batch.inputs)
+            else:
+                logits = self.method.scores(self.backbone, params, batch.tokens)
+        refuse_infinite(logits)
         return adapter_overlap(params, batch.inputs)
 
 

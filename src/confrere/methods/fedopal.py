@@ -11,9 +11,10 @@ from torch import Tensor
 from confrere.adapters.algebra import average_products, named, pairs
 from confrere.adapters.orthogonality import REGULARISERS, ROUTES, penalty
 from confrere.errors import ConfigError
-from confrere.learner import Batch, Learner
+from confrere.learner import Learner
 from confrere.method import Method, Reply, one_of, register
 from confrere.tensors import State, Tensors
+from confrere.tokenset import Batch
 
 
 @register(

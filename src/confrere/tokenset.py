@@ -1,0 +1,101 @@
+"""A site's images after the frozen prefix, and batches of them on their way to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Array(Protocol):
+    """What gives copies of rows by number: an array, a file mapped while it is read, or several of them as one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """One site's images after the frozen prefix, with labels, patients and split.
+
+    Args:
+        tokens: float32 array-like (N, tokens, width), usually memory-mapped; int16 holds the bits of bfloat16.
+        views: other orientations of the training images, each (training images, tokens, width).
+        labels: int64 (N,). groups: int64 (N,), opaque patient numbers. split: int8 (N,), 0 train, 1 val, 2 test.
+    """
+
+    tokens: Array
+    labels: np.ndarray
+    groups: np.ndarray
+    split: np.ndarray
+    classes: tuple[str, ...]
+    views: tuple[Array, ...] = ()
+
+    def rows(self, split: str) -> np.ndarray:
+        """Return the row numbers of ``train``, ``val`` or ``test``."""
+        return np.flatnonzero(self.split == ("train", "val", "test").index(split))
+
+    def batch(self, rows: np.ndarray, views: np.ndarray | None = None) -> Batch:
+        """Return the rows as tensors, copied out of the memory map; training rows in the orientation of ``views``."""
+        found = self.tokens[rows]
+        if views is not None:
+            at = np.searchsorted(self.rows("train"), rows)
+            for view in np.unique(views[views > 0]):
+                found[views == view] = self.views[view - 1][at[views == view]]
+        tokens = torch.from_numpy(found)
+        if tokens.dtype == torch.int16:
+            tokens = tokens.view(torch.bfloat16)
+        return Batch(tokens, torch.from_numpy(self.labels[rows]))
+
+
+def as_numpy(tokens: Tensor) -> np.ndarray:
+    """Return tokens as an array for :class:`TokenSet`; bfloat16, which NumPy lacks, as int16 of the same bits."""
+    tokens = tokens.cpu()
+    return (tokens.view(torch.int16) if tokens.dtype == torch.bfloat16 else tokens).numpy()
+
+
+@dataclass
+class Batch:
+    """Tokens (B, N, D), labels (B,), and the inputs of the adapted layers when they were captured."""
+
+    tokens: Tensor
+    labels: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return a copy on ``device``, without waiting for it when this one is pinned."""
+        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Return a copy in page-locked memory, from which a GPU reads by itself."""
+        return Batch(self.tokens.pin_memory(), self.labels.pin_memory())
+
+
+def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on ``device``: on CUDA from pinned memory over a stream of their own; on the CPU as they are.
+
+    The CUDA path has not been measured: no machine of ours has one.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    kept: list[
+        Batch
+    ] = []  # pinned sources and copies of this batch and the next: alive until the step that uses them ends
+    for batch in batches:
+        pinned = batch.pinned()
+        with torch.cuda.stream(stream):
+            copy = pinned.to(device)
+        if kept:
+            yield kept[1]
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream(device).synchronize()  # the last step is done: its memory may be used again
+        kept = [pinned, copy]
+    if kept:
+        yield kept[1]
