@@ -3,8 +3,8 @@
     python benchmarks/overhead.py --out overhead.json
 
 Everything else happens: broadcast, the site's entry, checks, storing state and reply on disk, averaging, diagnostics,
-journal. Prints milliseconds a round for 1 to 256 sites and two sizes of adapter, and a least-squares fit
-``a round + sites + megabytes moved``.
+journal. Prints milliseconds a round for 1 to 256 sites and two sizes of adapter, a least-squares fit
+``a round + sites + megabytes moved``, and what a durable write of one small file alone takes here.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from confrere.federation.site import Site
 from confrere.federation.transport import InProcess
 from confrere.learner import Learner, TrainSettings
 from confrere.method import Method
+from confrere.record.files import write_bytes
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors, n_bytes
 from confrere.tokenset import TokenSet, as_numpy
@@ -87,6 +88,17 @@ def rounds(backbone: Backbone, data: TokenSet, sites: int, rank: int, count: int
         return 1000 * statistics.median(times), 2 * sites * n_bytes(server) / 1e6
 
 
+def durable_write() -> float:
+    """Return milliseconds of one small file written so that a loss of power keeps it, the median of 200."""
+    times = []
+    with tempfile.TemporaryDirectory() as name:
+        for number in range(200):
+            begun = time.perf_counter()
+            write_bytes(Path(name) / str(number % 4), b"x" * 4096)
+            times.append(time.perf_counter() - begun)
+    return 1000 * statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
@@ -111,6 +123,8 @@ def main() -> None:
     weight = 1 / np.array([row["ms"] for row in table])  # relative errors count alike
     fit = np.linalg.lstsq(design * weight[:, None], np.ones(len(table)), rcond=None)[0]
     print(f"fit: {fit[0]:.1f} ms a round + {fit[1]:.2f} ms a site + {fit[2]:.2f} ms a megabyte")
+    durable = durable_write()
+    print(f"one durable write of 4 kB: {durable:.2f} ms")
     if args.out:
         found = {
             "date": str(date.today()),
@@ -118,6 +132,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "rounds": table,
             "figures": {"idle rounds of 4 sites a second": 1000 / next(r["ms"] for r in table if r["sites"] == 4)},
+            "durable_write_ms": durable,
             "fit_ms": dict(zip(("round", "site", "megabyte"), fit.tolist(), strict=True)),
         }
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -2,7 +2,8 @@
 
     python benchmarks/regressions.py new.json benchmarks/results/2026-11-24-ham10000.json
 
-Every benchmark's ``--out`` file holds ``figures``: ratios by name, higher is better. Ends with exit code 1 if one fell.
+Every benchmark's ``--out`` file holds ``figures``: ratios by name, higher is better. Ends with exit code 1 if one fell,
+with 2 if the two results are of another processor or of other settings, so that nothing can be said.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 TOLERATED = 0.8
 
@@ -23,10 +25,22 @@ def regressions(new: dict[str, float], committed: dict[str, float]) -> list[str]
     ]
 
 
+def settings(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be equal for two results to be compared: processor, cores and settings, not versions."""
+    found = {k: v for k, v in result.items() if isinstance(v, (str, int)) and k not in ("date", "torch", "revision")}
+    return found | {"job": result.get("job")} | {k: result.get("machine", {}).get(k) for k in ("cpu", "cores")}
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    new, committed = (json.loads(Path(path).read_text())["figures"] for path in sys.argv[1:])
+    results = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
+    now, then = (settings(result) for result in results)
+    other = [f"{k}: {now.get(k)} now, {then.get(k)} then" for k in {**then, **now} if now.get(k) != then.get(k)]
+    if other:
+        print("not comparable: " + "; ".join(other))
+        raise SystemExit(2)
+    new, committed = (result["figures"] for result in results)
     missing = sorted(set(committed) - set(new))
     if missing:
         print("not measured this time: " + ", ".join(missing))
