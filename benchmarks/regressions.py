@@ -28,7 +28,13 @@ def regressions(new: dict[str, float], committed: dict[str, float]) -> list[str]
 def settings(result: dict[str, Any]) -> dict[str, Any]:
     """Return what must be equal for two results to be compared: processor, cores and settings, not versions."""
     found = {k: v for k, v in result.items() if isinstance(v, (str, int)) and k not in ("date", "torch", "revision")}
-    return found | {"job": result.get("job")} | {k: result.get("machine", {}).get(k) for k in ("cpu", "cores")}
+    job = {
+        f"{part}.{k}": v
+        for part, table in result.get("job", {}).items()
+        if isinstance(table, dict)
+        for k, v in table.items()
+    }
+    return found | job | {k: result.get("machine", {}).get(k) for k in ("cpu", "cores")}
 
 
 def main() -> None:
@@ -36,7 +42,7 @@ def main() -> None:
         raise SystemExit(__doc__)
     results = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
     now, then = (settings(result) for result in results)
-    other = [f"{k}: {now.get(k)} now, {then.get(k)} then" for k in {**then, **now} if now.get(k) != then.get(k)]
+    other = [f"{k}: {now[k]} now, {then[k]} then" for k in then if k in now and now[k] != then[k]]
     if other:
         print("not comparable: " + "; ".join(other))
         raise SystemExit(2)

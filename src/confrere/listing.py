@@ -70,6 +70,34 @@ def describe_method(method: Method) -> dict[str, Any]:
         "title": method.title,
         "paper": method.paper,
         "needs": method.needs,
+        "unequal_ranks": method.unequal,
         "sends": ["all images and labels"] if method.pools else [*sent, *method.also_sends],
         "keeps": [*kept, *method.also_keeps],
     }
+
+
+def method_page() -> str:
+    """Return docs/methods/index.md: the table of all methods, in three groups."""
+    groups: dict[str, list[str]] = {"One model for all sites": [], "A model of each site's own": [], "Controls": []}
+    for row in method_rows():
+        control = row["name"] in ("local", "pooled")
+        group = "Controls" if control else "A model of each site's own" if row["keeps"] else "One model for all sites"
+        sends, keeps = (", ".join(row[key]) or "nothing" for key in ("sends", "keeps"))
+        cells = (f"[{row['name']}]({row['name']}.md)", row["title"], sends, keeps, row["needs"])
+        groups[group].append(
+            "| " + " | ".join((*cells, "yes" if row["unequal_ranks"] else "", row["paper"] or "-")) + " |"
+        )
+    columns = ("name", "", "sends", "keeps", "server needs", "unequal ranks", "paper")
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    parts = [f"## {title}\n\n{head}\n" + "\n".join(lines) for title, lines in groups.items()]
+    count = sum(len(lines) for lines in groups.values())
+    intro = f"# Methods\n\nMade from the registry of {count} methods by `python -m confrere.listing`. A server that needs"
+    return (
+        f"{intro}\nonly a *sum* works with secure aggregation; others see *each* site's update.\n\n"
+        + "\n\n".join(parts)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    print(method_page(), end="")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from confrere.adapters.layer import LoraLinear
+from confrere.errors import BackboneError
 
 SCALE = 2.0
 
@@ -84,3 +85,9 @@ def test_all_slots_see_the_same_dropped_input_at_its_rate(rate: float) -> None:
     kept = torch.func.functional_call(layer, {**given, "lora_B.b.weight": torch.zeros(width, width)}, (x,))
     assert float((kept == 0).float().mean()) == pytest.approx(rate, abs=0.03)
     assert float(kept.max()) == pytest.approx(1 / (1 - rate), rel=1e-3)
+
+
+def test_who_reads_the_weight_without_calling_the_layer_is_told() -> None:
+    layer = LoraLinear(nn.Linear(3, 2), ("general",), 1.0, 0.0)
+    with pytest.raises(BackboneError, match="without calling it"):
+        _ = layer.weight

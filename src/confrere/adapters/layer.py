@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from confrere.adapters.dropout import SeededDropout
+from confrere.errors import BackboneError
 
 
 class Factor(nn.Module):
@@ -47,6 +48,14 @@ class LoraLinear(nn.Module):
         self.lora_shift = nn.ModuleDict({slot: Factor() for slot in slots}) if shifted else None
         self.by_image: Tensor | None = None
         self.dropout = SeededDropout(dropout)
+
+    @property
+    def weight(self) -> Tensor:
+        """Refuse: who reads the weight instead of calling the layer would leave the adapters out."""
+        raise BackboneError(
+            "the architecture reads an adapted layer's weight without calling it: adapters would do nothing there",
+            fix="choose other adapter.targets",
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors of all slots as one pair: A (R, i) and B (o, R)."""
