@@ -1,4 +1,4 @@
-"""HAM10000 at its four real sites: every method of the first release, its controls and variants, three seeds.
+"""HAM10000 at its four real sites: methods, their controls and variants, three seeds.
 
     python recipes/ham10000.py DATA --out results/ham10000 --jobs 2 --page docs/results/ham10000.md
 
@@ -6,8 +6,10 @@ DATA holds ``images_200x150.zip`` (or a folder of ``*.jpg``) and ``metadata.csv`
 lesion_id, dx and site. Splits are by lesion; rounds are chosen by validation data; test images are examined once
 at the end of each run. A comparison that was stopped continues where it was.
 
-Two comparisons: ``methods`` sets FedOPAL beside its controls; ``variants`` sets FedOPAL's own choices side by side
-in shorter runs on smaller images.
+Comparisons: ``methods`` sets FedOPAL beside its controls; ``variants`` sets FedOPAL's own choices side by side
+in shorter runs on smaller images; ``zoo`` compares every registered method, and tunes them all equally with ``--tune``,
+in runs that two cores finish in an hour; ``zoo-large`` is the same for a larger machine; ``concept`` and ``stain``
+simulate differences between the sites.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from confrere.compare import compare
 from confrere.config import override, validate
 from confrere.errors import DataError
+from confrere.method import METHODS as REGISTRY
 from confrere.progress import progress
 from confrere.report import write_report
 
@@ -41,9 +44,32 @@ SETTINGS: dict[str, Any] = {
     "backbone": {"name": "dinov2-small-imgfocus", "depth": 8},
     "train": {"batch_size": 16, "lr": 1e-3},
 }
+ZOO = ("fedopal", *sorted(set(REGISTRY) - {"fedopal"}))
+SMALL = ["rounds=8", "train.steps=12", "train.lr=2e-3", "selection.every=2", "selection.images=200"]
+SMALL += ["backbone.image_size=70", "adapter.blocks=2", "engine.precision=bf16", "threads=1", "workers=2"]
+SHIFTED = (
+    "fedopal",
+    "fedit",
+    "fedper",
+    "fedbn",
+    "fedsa-lora",
+    "ditto",
+    "feddpa-t",
+    "fedacs",
+    "ifca",
+    "fedalt",
+    "local",
+    "pooled",
+)
+CONCEPT = 'data.shift=[{kind="concept", sites=["vidir_modern"], classes=["bkl", "mel"]}]'
+STAIN = 'data.shift=[{kind="stain", strength=0.8}]'
 COMPARISONS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "methods": (METHODS, ["rounds=16", "train.steps=20", "selection.every=4", "backbone.image_size=98"]),
     "variants": (VARIANTS, ["rounds=12", "train.steps=10", "selection.every=4", "backbone.image_size=70"]),
+    "zoo": (ZOO, SMALL),
+    "zoo-large": (ZOO, ["rounds=30", "train.steps=20", "selection.every=3", "backbone.image_size=98"]),
+    "concept": (SHIFTED, [*SMALL, CONCEPT]),
+    "stain": (SHIFTED, [*SMALL, STAIN]),
 }
 
 
@@ -172,19 +198,21 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/ham10000"))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", choices=list(COMPARISONS), action="append", help="default: both comparisons")
+    parser.add_argument("--only", choices=list(COMPARISONS), action="append", help="default: methods and variants")
+    parser.add_argument("--tune", type=int, default=0, help="trials of tuning, for every method")
     parser.add_argument("--methods", help="a,b:key=value instead of those of the comparison")
     parser.add_argument("--page", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     table = prepare(args.data, args.out / "data")
     found = {}
-    for name in args.only or COMPARISONS:
+    for name in args.only or ("methods", "variants"):
         methods, settings = COMPARISONS[name]
         methods = tuple(args.methods.split(",")) if args.methods else methods
         experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, settings))
         with progress(quiet=False) as notify:
-            found[name] = compare(experiment, methods, SEEDS, args.out / name, jobs=args.jobs, notify=notify)
+            place = args.out / name
+            found[name] = compare(experiment, methods, SEEDS, place, jobs=args.jobs, controls=False, notify=notify)
         print(write_report(args.out / name))
     if args.page:
         args.page.write_text(page(found, "make ham10000 DATA=/path/to/fed_ham10000"))

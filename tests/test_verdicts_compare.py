@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from confrere import compare
-from confrere.config import validate
-from confrere.errors import ConfigError, RunError
+from confrere.compare.evidence import adjusted, corrected
+from confrere.compare.grid import Grid, title
+from confrere.compare.table import interval, over_seeds, targets, way_to
+from confrere.errors import RunError
 from confrere.record.files import write_bytes, write_state
 from confrere.verdicts import headline, predictions, site_gain, verdicts
 
@@ -59,28 +61,15 @@ def test_predictions_of_another_site_or_damaged_ones_are_refused(tmp_path: Path)
         predictions(tmp_path, "a")
 
 
-@pytest.mark.parametrize(("methods", "seeds"), [([], [0]), (["fedit"], []), (["fedit"], [0, 0]), (["fedit"] * 2, [0])])
-def test_methods_and_seeds_once_each(tmp_path: Path, methods: list[str], seeds: list[int]) -> None:
-    with pytest.raises(ConfigError, match="each once"):
-        compare.compare(validate({"path": "x"}), methods, seeds, tmp_path)
-
-
-def test_runs_of_another_experiment_are_not_taken_for_this_one(tmp_path: Path) -> None:
-    older = validate({"path": "x", "rounds": 3}).for_method("fedit", seed=0)
-    write_bytes(compare.folder(tmp_path, "fedit", 0) / "experiment.toml", older.toml().encode())
-    with pytest.raises(RunError, match="another experiment"):
-        compare.compare(validate({"path": "x", "rounds": 4}), ["fedit"], [0], tmp_path)
-
-
 def test_an_interval_over_seeds_is_students() -> None:
-    found = compare._interval([0.5, 0.6, 0.7])
+    found = interval([0.5, 0.6, 0.7])
     assert found["mean"] == pytest.approx(0.6)
     assert found["low"] == pytest.approx(0.6 - 4.302653 * 0.1 / 3**0.5, abs=1e-6)
-    assert compare._interval([0.4]) == {"mean": 0.4, "low": None, "high": None}
-    assert compare._interval([])["mean"] is None
-    assert compare._interval([0.01, 0.99]) == {"mean": 0.5, "low": 0.0, "high": 1.0}
-    assert compare._over_seeds([[0.5], []]) is None
-    over = compare._over_seeds([[0.2, 0.6], [0.4, 0.8]])
+    assert interval([0.4]) == {"mean": 0.4, "low": None, "high": None}
+    assert interval([])["mean"] is None
+    assert interval([0.01, 0.99]) == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert over_seeds([[0.5], []]) is None
+    over = over_seeds([[0.2, 0.6], [0.4, 0.8]])
     assert over is not None
     assert (over["mean"], over["worst"]) == (pytest.approx(0.5), pytest.approx(0.3))
 
@@ -88,7 +77,7 @@ def test_an_interval_over_seeds_is_students() -> None:
 def test_words_follow_the_adjusted_p() -> None:
     found = {"gain": 0.1, "low": 0.02, "high": 0.2, "patients": 50, "seeds": 3, "note": None, "a": "fedopal"}
     pairs = [{**found, "site": s, "b": "local", "p": p} for s, p in (("x", 0.001), ("y", 0.03), ("z", 0.4))]
-    x, y, z = compare.adjusted(pairs)
+    x, y, z = adjusted(pairs)
     assert "raised the balanced accuracy" in x["sentence"]
     assert x["low"] == 0.02
     for one in (y, z):
@@ -97,8 +86,50 @@ def test_words_follow_the_adjusted_p() -> None:
         assert one["low"] == 0.0
 
 
-def test_labels_become_folders_and_titles() -> None:
-    assert compare.folder(Path("o"), "fedopal:head=local:lam=2.0", 3) == Path(
-        "o/runs/fedopal+head=local+lam=2.0/seed-3"
-    )
-    assert compare.title("fedit:x=1").endswith(", x=1")
+def test_no_interval_of_a_difference_leaves_what_a_difference_can_be() -> None:
+    (one,) = corrected([{"gain": 0.1, "low": -1.5, "high": 1.7, "p": 0.9}])
+    assert (one["low"], one["high"]) == (-1.0, 1.0)
+
+
+def test_labels_become_titles() -> None:
+    assert title("fedit:x=1").endswith(", x=1")
+
+
+class Fake(Grid):
+    """A grid whose files are given."""
+
+    def __init__(self, results: dict[str, list[Any]], events: dict[str, list[Any]]) -> None:
+        super().__init__(labels=list(results), sets=["d"], seeds=range(len(next(iter(results.values())))), where={})
+        object.__setattr__(self, "given", (results, events))
+
+    def results(self, label: str, data: str) -> list[Any]:
+        return self.given[0][label]  # type: ignore[attr-defined, no-any-return]
+
+    def events(self, label: str, data: str) -> list[Any]:
+        return self.given[1][label]  # type: ignore[attr-defined, no-any-return]
+
+
+def journal(*scores: float | None) -> list[dict[str, Any]]:
+    """Return events of rounds in which site a moves 10 bytes, b 20, a stranger 1000, and which take 2 s each."""
+    events: list[dict[str, Any]] = []
+    for number, score in enumerate(scores, 1):
+        sites = {name: {"sent_bytes": size, "received_bytes": 0} for name, size in (("a", 10), ("b", 20), ("c", 1000))}
+        events.append({"event": "round", "round": number, "seconds": 2.0, "sites": sites})
+        if score is not None:
+            events.append({"event": "evaluation", "round": number, "mean": score, "criterion": score})
+    return events
+
+
+def test_the_way_to_a_target_counts_bytes_and_seconds_of_the_hospitals() -> None:
+    assert way_to(journal(0.3, None, 0.6, 0.9), 0.5, ["a", "b"]) == {"round": 3, "bytes": 90.0, "seconds": 6.0}
+    assert way_to(journal(0.3, 0.5), 0.5, ["a"]) == {"round": 2, "bytes": 20.0, "seconds": 4.0}
+    assert way_to(journal(0.3, 0.4), 0.5, ["a"]) is None
+    assert way_to([], 0.0, ["a"]) is None
+
+
+def test_the_target_is_what_local_only_reached_in_the_rounds_it_kept() -> None:
+    results: dict[str, list[Any]] = {"fedit": [{}, {}], "local": [{"round": 2}, {"round": 1}]}
+    grid = Fake(results, {"fedit": [[], []], "local": [journal(0.1, 0.6), journal(0.4, 0.9)]})
+    assert targets(grid, None) == {"d": pytest.approx((0.6 + 0.4) / 2)}
+    assert targets(grid, 0.8) == {"d": 0.8}
+    assert targets(Fake({"fedit": [{}]}, {"fedit": [[]]}), None) == {"d": None}

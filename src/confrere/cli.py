@@ -120,29 +120,27 @@ def predict(
 
 @app.command()
 def compare(
-    path: Data,
+    data: Annotated[list[str], typer.Argument(help="DATA [DATA2 ...] [key.path=value ...]", show_default=False)],
     methods: Annotated[str, typer.Option(help="a,b:key=value,c; the first is tested against the others")],
-    out: Annotated[Path, typer.Option(help="directory; finished runs in it are kept")],
+    out: Annotated[Path, typer.Option(help="directory; finished trainings in it are kept")],
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
-    jobs: Annotated[int, typer.Option(help="runs at a time, each in its own process", min=1)] = 1,
+    tune: Annotated[int, typer.Option(help="trials of tuning, as many for every method", min=0)] = 0,
+    controls: Annotated[bool, typer.Option(help="add local and pooled training")] = True,
+    target: Annotated[float | None, typer.Option(help="validation score to price", min=0, max=1)] = None,
+    jobs: Annotated[int, typer.Option(help="trainings at a time, each in its own process", min=1)] = 1,
     config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
-    overrides: Overrides = None,
 ) -> None:
-    """Train several methods with several seeds and compare them fairly."""
-    from confrere.compare import compare as run_comparison
-    from confrere.config import override, read, validate
-    from confrere.progress import progress
+    """Train several methods with several seeds on one or more data sets and compare them fairly."""
+    from confrere.compare.command import carry_out, sort_out
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"{seeds!r} is not a list of numbers", where="--seeds", fix="--seeds 0,1,2") from None
-    values = {**(read(config) if config else {}), "path": str(path.resolve())}
-    experiment = validate(override(values, overrides or []))
-    _check_places(path, out)
-    with progress(quiet=False) as notify:
-        run_comparison(experiment, names, numbers, out, jobs=jobs, notify=notify)
+    paths, overrides = sort_out(data)
+    for path in paths:
+        _check_places(path, out)
+    kept: dict[str, Any] = {"methods": methods, "seeds": seeds, "out": out, "jobs": jobs, "trials": tune}
+    found = carry_out(paths, overrides, **kept, controls=controls, target=target, config=config)
+    for one in found["recommendation"]["sentences"]:
+        _say(f"  {one['text']}")
+    _say("", found["recommendation"]["headline"])
     _report(out)
 
 

@@ -15,6 +15,7 @@ from confrere.adapters import lora
 from confrere.backbones import REGISTRY, Backbone, default_size, load
 from confrere.config import Experiment, read, validate
 from confrere.data.federation import Federation, load_federation
+from confrere.data.numbers import holds_numbers
 from confrere.data.paths import RESERVED as POOLED
 from confrere.errors import ConfigError, RunError
 from confrere.examination import examine_sites
@@ -87,6 +88,7 @@ def threads(experiment: Experiment, federation: Federation) -> int:
 def open_data(experiment: Experiment, out: Path) -> Federation:
     """Return the federation of an experiment with the split of ``out`` (written there the first time)."""
     spec = experiment.backbone
+    _check_kind(experiment)
     size = experiment.data.image_size or default_size(spec.name, spec.image_size)
     federation = load_federation(
         Path(experiment.path),
@@ -111,11 +113,26 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
     return federation
 
 
-def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Task:
-    """Load the backbone for the method's adapters and compute (or find) every image's frozen prefix."""
+def _check_kind(experiment: Experiment) -> None:
+    """Refuse a backbone for images on a table of numbers, and the other way round."""
+    name = experiment.backbone.name
+    reads = name in REGISTRY and REGISTRY[name].kind == "numbers"
+    given = holds_numbers(Path(experiment.path), experiment.data)
+    if reads != given:
+        raise ConfigError(
+            f"{name} reads {'rows of numbers' if reads else 'images'}, the data are "
+            f"{'rows of numbers' if given else 'images'}",
+            where="backbone.name",
+            fix="use backbone.name=mlp" if given else "use a backbone for images, see `confrere backbones`",
+        )
+    if given and experiment.train.views > 1:
+        raise ConfigError("rows of numbers have one orientation", where="train.views", fix="use train.views=1")
+
+
+def load_backbone(experiment: Experiment, federation: Federation) -> Backbone:
+    """Return the frozen model with room for what the method trains."""
     method, spec, adapter = experiment.build_method(), experiment.backbone, experiment.adapter
-    torch.set_num_threads(experiment.threads or cores())  # bits of the prefix do not depend on it
-    backbone = load(
+    return load(
         spec.name,
         lora=lora.LoraSpec(
             slots=(*method.slots, *method.fixed),
@@ -133,6 +150,13 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
         device=experiment.engine.device,
         precision=experiment.engine.precision,
     )
+
+
+def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Task:
+    """Load the backbone for the method's adapters and compute (or find) every image's frozen prefix."""
+    method = experiment.build_method()
+    torch.set_num_threads(experiment.threads or cores())  # bits of the prefix do not depend on it
+    backbone = load_backbone(experiment, federation)
 
     def progress(site: str, done: int, total: int) -> None:
         notify({"event": "prefix", "site": site, "done": done, "total": total})

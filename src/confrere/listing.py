@@ -65,6 +65,8 @@ def describe_method(method: Method) -> dict[str, Any]:
     for part, (name, there) in {**others, "head": (head.WEIGHT, True)}.items():
         if there:
             (sent if method.sends and method.shared(name) else kept).append(part)
+    if method.closed_form:  # what is solved for comes from the server; a site trains nothing that could be sent or kept
+        sent, kept = [], []
     return {
         "name": method.name,
         "title": method.title,
@@ -81,7 +83,13 @@ def method_page() -> str:
     groups: dict[str, list[str]] = {"One model for all sites": [], "A model of each site's own": [], "Controls": []}
     for row in method_rows():
         control = row["name"] in ("local", "pooled")
-        group = "Controls" if control else "A model of each site's own" if row["keeps"] else "One model for all sites"
+        group = (
+            "Controls"
+            if control
+            else "A model of each site's own"
+            if row["keeps"] not in ([], ["general A"])
+            else "One model for all sites"
+        )
         sends, keeps = (", ".join(row[key]) or "nothing" for key in ("sends", "keeps"))
         cells = (f"[{row['name']}]({row['name']}.md)", row["title"], sends, keeps, row["needs"])
         groups[group].append(
@@ -91,7 +99,9 @@ def method_page() -> str:
     head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     parts = [f"## {title}\n\n{head}\n" + "\n".join(lines) for title, lines in groups.items()]
     count = sum(len(lines) for lines in groups.values())
-    intro = f"# Methods\n\nMade from the registry of {count} methods by `python -m confrere.listing`. A server that needs"
+    intro = (
+        f"# Methods\n\nMade from the registry of {count} methods by `python -m confrere.listing`. A server that needs"
+    )
     return (
         f"{intro}\nonly a *sum* works with secure aggregation; others see *each* site's update.\n\n"
         + "\n\n".join(parts)

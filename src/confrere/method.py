@@ -78,6 +78,8 @@ class Method:
     """What leaves a site besides what :meth:`shared` says, in words for reports."""
     also_keeps: ClassVar[tuple[str, ...]] = ()
     """What stays at a site besides the slots that are not shared, in words for reports."""
+    closed_form: ClassVar[bool] = False
+    """True for a method that solves instead of taking steps: no learning rate reaches it."""
     pools: ClassVar[bool] = False
     """True for the control that trains on all sites' images in one place."""
 

@@ -118,6 +118,12 @@ def predict_folder(
         DataError: no image could be read. RunError: the site has no adapters.
     """
     predictor = Predictor(run, site)
+    if predictor.backbone.anatomy.accept is not None:
+        raise DataError(
+            "the model reads rows of numbers, which `confrere predict` cannot",
+            where=str(source),
+            fix="in Python: Predictor(run, site).probabilities(standardise(rows, ...)), see docs/tables.md",
+        )
     files = image_files(source)
     images, names, problems = _decode(files, source, predictor.backbone.image_size)
     if not images:

@@ -72,6 +72,9 @@ def tokens(
         DataError: the cache cannot be written.
         ConfigError: eight views of images that are not square.
     """
+    if site.images.dtype != np.uint8:  # a table: nothing worth a file
+        rows = as_numpy(backbone.prefix(site.images[np.arange(len(site.labels))]))
+        return TokenSet(tokens=rows, labels=site.labels, groups=site.groups, split=site.split, classes=classes)
     height, width = backbone.image_size
     if views > 4 and height != width:
         raise ConfigError("images that are not square have four views", where="train.views", fix="use 1, 2 or 4")

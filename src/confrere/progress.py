@@ -56,15 +56,24 @@ class _Show:
         self.begun = event["done"]
 
     def _run(self, event: dict[str, Any]) -> None:
-        self.console.print(f"started   {event['path'].parent.name}, {event['path'].name}")
+        self.console.print(f"started   {escape(event['name'])}")
 
     def _run_done(self, event: dict[str, Any]) -> None:
         self.done += 1
         passed = time.perf_counter() - self.all_started
         left = passed / (self.done - self.begun) * (self.total - self.done)
         self.console.print(
-            f"[bold]finished[/]  {event['path'].parent.name}, {event['path'].name}: {self.done} of {self.total}, "
+            f"[bold]finished[/]  {escape(event['name'])}: {self.done} of {self.total}, "
             f"about {left / 60:.0f} min left"
+        )
+
+    def _tuned(self, event: dict[str, Any]) -> None:
+        values = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in event["values"].items())
+        begun = "none" if event["untuned"] is None else f"{event['untuned']:.4f}"
+        self.console.print(
+            f"tuned     {escape(event['data'])}, {escape(event['method'])}: {len(event['trials'])} trials, validation "
+            f"criterion {begun} to {event['criterion']:.4f} with {escape(values)}",
+            soft_wrap=True,
         )
 
     def _data(self, event: dict[str, Any]) -> None:

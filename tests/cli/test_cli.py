@@ -154,14 +154,17 @@ def test_resume_refuses_another_split_and_a_broken_journal(command: Cli, data: P
 
 def test_a_comparison_keeps_to_its_place_and_goes_on(command: Cli, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
-    arguments = ["compare", data, "--methods", "fedit,local", "--seeds", "0", *PLAIN, "--out"]
+    arguments = ["compare", data, "--methods", "fedit,local", "--seeds", "0", "--no-controls", *PLAIN, "--out"]
     assert "outside PATH" in command(*arguments, data / "c", code=2)
     assert not (data / "c").exists()
     assert "no such file" in command("compare", tmp_path / "none", "--methods", "fedit", "--out", out, code=2)
     command(*arguments, out)
     whole = tensors(out)
-    assert "another experiment" in command(*arguments, out, "rounds=3", code=5)
-    part = out / "runs" / "local" / "seed-0"
+    assert "Report: " in command(*arguments, out, "rounds=3")
+    assert {path: digest for path, digest in tensors(out).items() if path in whole} == whole, "cells of their own"
+    whole = tensors(out)
+    cells = json.loads((out / "index.json").read_text())["cells"].items()
+    part = out / "cells" / next(digest for digest, one in cells if one["method"] == "local")
     (part / "results.json").unlink()
     kept = [line for line in (part / "events.jsonl").read_text().splitlines() if '"round": 2' not in line]
     (part / "events.jsonl").write_text("\n".join(kept) + "\n")

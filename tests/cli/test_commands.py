@@ -188,7 +188,7 @@ def test_a_held_out_site_tests_the_general_model(confrere: Cli, hospitals: Path,
 
 def test_compare_tests_methods_and_continues(confrere: Cli, hospitals: Path, tmp_path: Path) -> None:
     command = ["compare", hospitals, "--methods", "fedopal:head=local,fedit", "--seeds", "0,1", "--out", tmp_path / "c",
-               "backbone.name=test-vit", *FAST[2:]]  # fmt: skip
+               "--no-controls", "backbone.name=test-vit", *FAST[2:]]  # fmt: skip
     confrere(*command)
     found = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [m["name"] for m in found["methods"]] == ["fedopal:head=local", "fedit"]

@@ -9,26 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_variants import VARIANTS
 from tiny_federation import SITES, backbone_of, initial_params, tiny_plan, tiny_run, tiny_sites
 
 from confrere import config
 from confrere.federation.loop import federate
 from confrere.federation.transport import Failure, InProcess
 from confrere.learner import predict
-from confrere.method import METHODS, Method, Reply, Request, make
+from confrere.method import Method, Reply, Request
 from confrere.record.files import read_state, write_state
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore
 from confrere.tensors import State, digest, flatten, n_bytes, weighted_mean
 
-VARIANTS: dict[str, Method] = {name: make(name) for name in sorted(METHODS)}
-VARIANTS |= {
-    "fedopal-local-head": make("fedopal", {"head": "local"}),
-    "fedopal-ffa": make("fedopal", {"aggregation": "ffa", "warmup": 0}),
-    "fedopal-svd": make("fedopal", {"aggregation": "svd", "regulariser": "W-A2"}),
-    "fedopal-R-cos": make("fedopal", {"regulariser": "R-cos", "routing": "personal_only", "warmup": 0}),
-    "fedopal-R-feat": make("fedopal", {"regulariser": "R-feat", "routing": "general_only", "warmup": 0}),
-}
 every = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -124,7 +117,9 @@ def test_only_declared_groups_leave_and_no_private_tensor_among_them(method: Met
     for name in trainers(method):
         reply = sites[name].handle(Request(kind="train", round=1, state=method.broadcast(server, name)))
         assert set(reply.state) <= set(method.sends)
-        private = flatten(sites[name].store.before(2) or {}).items()
+        # A group of a sent name is no secret: SCAFFOLD keeps there what the server can sum up from what was sent.
+        kept_state = sites[name].store.before(2) or {}
+        private = flatten({group: t for group, t in kept_state.items() if group not in method.sends}).items()
         for sent_name, sent in flatten(reply.state).items():
             for kept_name, kept in private:
                 same = sent.shape == kept.shape and torch.equal(sent, kept)
@@ -162,6 +157,8 @@ def test_resume_equals_the_uninterrupted_run(method: Method, tmp_path: Path) -> 
 
 @every
 def test_zero_learning_rate_is_a_fixed_point(method: Method, tmp_path: Path) -> None:
+    if method.closed_form:
+        pytest.skip("solves instead of taking steps: no learning rate reaches it")
     final, sites = tiny_run(method, tmp_path, lr=0.0, weight_decay=0.0)
     start = method.init_server(initial_params(backbone_of(method), method, ""))
     backbone = backbone_of(method)

@@ -30,7 +30,8 @@ class Anatomy:
     """The parts of one loaded module.
 
     ``blocks_path`` is None for an architecture that cannot be cut: then ``whole`` maps normalised images
-    (B, 3, H, W) to features (B, F) and nothing is cached before it.
+    (B, 3, H, W) to features (B, F) and nothing is cached before it. ``accept`` turns what is no image, e.g. rows of
+    numbers, into tensors (None: images are normalised).
     """
 
     root: nn.Module
@@ -45,6 +46,7 @@ class Anatomy:
     heads: int = 1
     block_kwargs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     whole: Callable[[Tensor], Tensor] | None = None
+    accept: Callable[[Any], Tensor] | None = None
     qv: str = r"attention\.(q_proj|v_proj)"
 
     @property

@@ -145,6 +145,8 @@ class Backbone:
         Raises:
             BackboneError: another shape or type.
         """
+        if self.anatomy.accept is not None:  # no images, but rows of numbers
+            return self.anatomy.accept(images).to(self.device)
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(images if images.flags.writeable else images.copy())
         if images.ndim != 4 or tuple(images.shape[1:]) != (*self.image_size, 3) or images.dtype != torch.uint8:
@@ -154,8 +156,7 @@ class Backbone:
                 where=self.name,
                 fix="decode the images at the backbone's image_size",
             )
-        pixels = images.to(self.device).permute(0, 3, 1, 2).float()
-        return pixels.mul_(self._gain).add_(self._shift)
+        return images.to(self.device).permute(0, 3, 1, 2).float().mul_(self._gain).add_(self._shift)
 
     @torch.no_grad()
     def prefix(self, images: np.ndarray[Any, Any] | Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _build(
 
 
 def _read(name: str, size: tuple[int, int] | None) -> Loaded:
-    from confrere.backbones import hub, packaged
+    from confrere.backbones import hub, mlp, packaged
 
     if name not in REGISTRY:
         if name.startswith("hf:"):
@@ -101,6 +101,8 @@ def _read(name: str, size: tuple[int, int] | None) -> Loaded:
     known = entry(name)
     if known.kind == "test":
         return packaged.test_vit(known, size)
+    if known.kind == "numbers":
+        return mlp.random_mlp(known, size)
     if known.kind == "package":
         return packaged.imgfocus(known, size)
     if known.kind == "timm":

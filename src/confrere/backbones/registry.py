@@ -8,7 +8,7 @@ from typing import Literal
 
 from confrere.errors import BackboneError
 
-Kind = Literal["package", "transformers", "timm", "folder", "test"]
+Kind = Literal["package", "transformers", "timm", "folder", "test", "numbers"]
 Pool = Literal["cls", "mean", "cls+mean"]
 Triple = tuple[float, float, float]
 
@@ -118,6 +118,15 @@ _ENTRIES = (
         depth=3,
         width=32,
         note="A tiny vision transformer with random weights, for tests only: its features mean nothing.",
+    ),
+    Entry(
+        name="mlp",
+        kind="numbers",
+        source="generated",
+        licence="none: random numbers",
+        depth=4,
+        width=64,
+        note="For tables: random features that never change; all knowledge is in the adapters of its linear layers.",
     ),
 )
 

@@ -48,7 +48,7 @@ class Fact:
 class Entry:
     """One array, a fact for each of its rows (in order), and the hashes that do not decode, with reasons."""
 
-    images: Mapped
+    images: Mapped | NDArray[np.float32]
     facts: tuple[Fact, ...]
     bad: Mapping[str, str]
 

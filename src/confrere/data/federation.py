@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from confrere.data import partition, sheet, splits
+from confrere.data import numbers, partition, sheet, simulate, splits
 from confrere.data.images import Federation, SiteImages
 from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name
@@ -35,7 +35,7 @@ def load_federation(
     """Read, check, split and describe the data at ``path``.
 
     Args:
-        path: folder ``<site>/<class>/<image>``, CSV table or ``federation.toml``.
+        path: folder ``<site>/<class>/<image>``, CSV table (of images or of numbers) or ``federation.toml``.
         options: what to do with them; ``options.image_size`` wins over ``image_size``.
         image_size: (height, width) in pixels that every image is resized to cover and cut to.
         seed: decides splits and partitions.
@@ -53,14 +53,15 @@ def examine(
     path: Path, options: DataOptions, image_size: tuple[int, int], seed: int, cache: Path
 ) -> tuple[Listing, Registration]:
     """List, hash, deal out and decode: all that finds unusable files, which the registration names."""
-    listing = _mapped(read_listing(path, options), options)
+    table = numbers.read_numbers(path, options) if numbers.holds_numbers(path, options) else None
+    listing = _mapped(table.listing if table else read_listing(path, options), options)
     size = options.image_size or image_size
-    hashes, problems = hash_rows(listing.rows, max_pixels=options.max_pixels)
+    hashes, problems = table.hash_rows(listing) if table else hash_rows(listing.rows, max_pixels=options.max_pixels)
     problems = [*listing.problems, *problems]
     how = listing.partition or options.partition
     if how is not None:
         hashes, problems = partition.deal(hashes, problems, how, seed=seed)
-    return listing, register(hashes, problems, options, size, cache)
+    return listing, table.register(hashes) if table else register(hashes, problems, options, size, cache)
 
 
 def build(
@@ -70,16 +71,18 @@ def build(
     _refuse_unusable(registration, options)
     classes = _classes(listing, registration)
     sites = _split(_arrays(registration, classes), registration, options, seed, stored)
+    counted, sites, said = simulate.simulate(sites, options.shift, classes, seed)
     height, width = sites[0].images.shape[1:3]
-    return Federation(
+    federation = Federation(
         name=listing.name,
         classes=classes,
         sites=sites,
         image_size=(height, width),
         synthetic=listing.synthetic,
-        sheet=_sheet(sites, registration, classes, options),
+        sheet=simulate.noted(_sheet(counted, registration, classes, options), said),
         digest=_digest(classes, sites),
     )
+    return numbers.standardised(federation, listing.columns, options.constants) if listing.columns else federation
 
 
 def _mapped(listing: Listing, options: DataOptions) -> Listing:
@@ -196,9 +199,10 @@ def _deal(sites: list[SiteImages], options: DataOptions, seed: int) -> list[int]
 def _sheet(
     sites: Sequence[SiteImages], registration: Registration, classes: tuple[str, ...], options: DataOptions
 ) -> dict[str, Any]:
+    used = {site.name: set(site.digests) for site in sites}
     by_site = {
         site.name: sheet.site_sheet(
-            files.entry.facts,
+            [fact for fact in files.entry.facts if fact.digest in used[site.name]],
             site.labels,
             site.groups,
             site.split,

@@ -12,6 +12,7 @@ from confrere.data import splits
 from confrere.data.mapped import Mapped
 from confrere.data.paths import check_site_name
 from confrere.data.sources import SplitName
+from confrere.data.view import View
 from confrere.errors import DataError
 
 
@@ -21,15 +22,15 @@ class SiteImages:
 
     Attributes:
         name: 1 to 64 of ``a-z 0-9 _ -``.
-        images: (N, H, W, 3) uint8, mapped from disk; index it with an integer array.
+        images: (N, H, W, 3) uint8, mapped from disk; index it with an integer array. Of a table: (N, 1, F) float32.
         labels: (N,) int64, index into :attr:`Federation.classes`.
         groups: (N,) int64, opaque patient number, the same for a patient at every site.
-        digests: SHA-256 of each file, hexadecimal.
+        digests: SHA-256 of each file (of an image that a simulated shift changes: of both), hexadecimal.
         split: (N,) int8; 0 train, 1 validation, 2 test.
     """
 
     name: str
-    images: Mapped
+    images: Mapped | View | NDArray[np.float32]
     labels: NDArray[np.int64]
     groups: NDArray[np.int64]
     digests: tuple[str, ...]
@@ -51,7 +52,7 @@ class Federation:
         name: shown in reports.
         classes: names, in the order of the labels.
         sites: by name.
-        image_size: (height, width) in pixels.
+        image_size: (height, width) in pixels; (1, F) of a table of F numbers a row.
         synthetic: generated, not from patients.
         sheet: the data sheet, JSON-able, without names of files or patients.
         digest: SHA-256 over classes, sites, file hashes, labels, groups and splits.
@@ -64,6 +65,11 @@ class Federation:
     synthetic: bool
     sheet: dict[str, Any]
     digest: str
+
+    @property
+    def tabular(self) -> bool:
+        """Return whether the sites hold rows of numbers."""
+        return self.sites[0].images.dtype != np.uint8
 
     def site(self, name: str) -> SiteImages:
         """Return the site called ``name``.

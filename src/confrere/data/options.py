@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from confrere.data.shift import Shift
+
 Side = Annotated[int, Field(ge=8, le=2048)]  # pixels
 
 
@@ -42,6 +44,8 @@ class DataOptions(BaseModel):
         on_bad: leave unusable files out, or stop at them.
         class_map: other name of a class -> its name, the same for all sites.
         partition: set for one pooled set; None when the data name their sites.
+        shift: simulated differences between sites, see :class:`confrere.data.shift.Shift`.
+        constants: tables of numbers: column -> (mean, sd) to standardise with; other columns use each site's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +58,8 @@ class DataOptions(BaseModel):
     on_bad: Literal["skip", "stop"] = "skip"
     class_map: dict[str, str] = {}
     partition: Partition | None = None
+    shift: tuple[Shift, ...] = ()
+    constants: dict[str, tuple[float, float]] = {}
 
     @model_validator(mode="after")
     def _some_training(self) -> DataOptions:

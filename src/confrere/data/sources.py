@@ -37,7 +37,10 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """All files of a federation before any is opened; ``site`` is empty in a set that is still pooled."""
+    """All files of a federation before any is opened; ``site`` is empty in a set that is still pooled.
+
+    ``columns`` names the features of a table of numbers, whose rows are no files.
+    """
 
     name: str
     rows: tuple[Row, ...]
@@ -46,6 +49,7 @@ class Listing:
     class_map: Mapping[str, str] = field(default_factory=dict)
     partition: Partition | None = None
     synthetic: bool = False
+    columns: tuple[str, ...] = ()
 
 
 def read_listing(path: Path, options: DataOptions) -> Listing:

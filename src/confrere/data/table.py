@@ -13,7 +13,7 @@ from confrere.data.paths import Root, check_class_name, site_id, slug
 from confrere.data.sources import Listing, Row, SplitName
 from confrere.errors import DataError
 
-_SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 _SHOWN = 5
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def read_table(path: Path, *, pooled: bool = False, column: str | None = None, s
     needed += [column.strip().lower()] if column else []
     root = Root(path.parent)
     seen: dict[str, str] = {}
-    rows = tuple(_collect(path, needed, lambda cells: _row(root, cells, pooled, column, site, seen)))
+    rows = tuple(collect(path, needed, lambda cells: _row(root, cells, pooled, column, site, seen)))
     if not rows:
         raise DataError("the table has no rows", where=path.name, fix="write one line an image below the header")
     if len({row.split is None for row in rows}) == 2:
@@ -51,14 +51,14 @@ def read_patients(path: Path) -> dict[str, str]:
         root.join(cells["file"])
         return cells["file"], cells["patient"]
 
-    return dict(_collect(path, ["file", "patient"], pair))
+    return dict(collect(path, ["file", "patient"], pair))
 
 
 def _row(
     root: Root, cells: dict[str, str], pooled: bool, column: str | None, site: str | None, seen: dict[str, str]
 ) -> Row:
     split = cells.get("split", "").lower()
-    if split and split not in _SPLITS:
+    if split and split not in SPLITS:
         raise ValueError("split is not train, val or test")
     label = check_class_name(cells["label"])
     return Row(
@@ -67,12 +67,12 @@ def _row(
         site="" if pooled else site if site is not None else site_id(cells["site"], seen),
         label=label,
         patient=cells.get("patient") or cells.get("lesion") or None,
-        split=_SPLITS[split] if split else None,
+        split=SPLITS[split] if split else None,
         attribute=cells[column.strip().lower()] if column else None,
     )
 
 
-def _collect(path: Path, needed: list[str], make: Callable[[dict[str, str]], T]) -> list[T]:
+def collect(path: Path, needed: list[str], make: Callable[[dict[str, str]], T]) -> list[T]:
     """Turn every line into a ``T``; faults of up to five lines are reported together."""
     made: list[T] = []
     faults: list[str] = []

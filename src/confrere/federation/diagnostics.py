@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from confrere.adapters import residual
 from confrere.adapters.algebra import Pair, column_overlap, concat, pairs, product, product_cosine, row_overlap
-from confrere.adapters.names import side_of, slot_of
+from confrere.adapters.names import layer_of, side_of, slot_of
 from confrere.method import Reply
-from confrere.tensors import Tensors, sub
+from confrere.tensors import Tensors, pick, sub
 
 COMPARED = 64
 """Similarities are a matrix in every round's record: with more senders nobody reads it."""
@@ -47,8 +48,9 @@ def site_similarity(server: Tensors, replies: Sequence[Reply]) -> dict[str, obje
     """Return the cosine of the sites' updates (what was sent minus what was received), as names and a matrix.
 
     None for fewer than two senders, for more than :data:`COMPARED`, when an update is zero, and when what is sent
-    has other names or shapes than what the server holds.
+    has other names or shapes than what the server holds (the residual aside, which no site sends).
     """
+    server = pick(server, lambda name: not residual.is_residual(name))
     senders = [r for r in replies if r.state.get("shared")]
     if not 2 <= len(senders) <= COMPARED or any(_shapes(r.state["shared"]) != _shapes(server) for r in senders):
         return None
@@ -60,24 +62,37 @@ def site_similarity(server: Tensors, replies: Sequence[Reply]) -> dict[str, obje
     return {"sites": [r.site for r in senders], "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()]}
 
 
-def aggregation_error(aggregated: Tensors, replies: Sequence[Reply], slot: str = "general") -> float | None:
-    """Return ``||mean(BA) - B A of the aggregate||_F / ||mean(BA)||_F`` over all layers; None if nothing was sent.
+def aggregation_error(
+    aggregated: Tensors, replies: Sequence[Reply], slot: str = "general", before: Tensors | None = None
+) -> float | None:
+    """Return ``||mean(BA) - what the aggregate adds||_F / ||mean(BA)||_F`` over all layers; None if nothing was sent.
 
-    Factor averaging is not the average of updates; this is by how much.
+    Factor averaging is not the average of updates; this is by how much. The aggregate adds its ``B A`` and, where the
+    server holds merged knowledge (slot ``residual``), what came to it since ``before``.
     """
     senders = [r for r in replies if r.state.get("shared")]
     merged = _complete(aggregated, slot)
+    came = _came(aggregated, before or {})
     factors = [_complete(r.state["shared"], slot) for r in senders]
-    if not senders or not merged or any(f.keys() != merged.keys() for f in factors):
+    layers = merged.keys() | came.keys()
+    if not senders or not layers or any(f.keys() != layers for f in factors):
         return None
     total = sum(r.weight for r in senders)
     weights = [r.weight / total for r in senders]
     mean_square = error_square = 0.0
-    for layer, pair in merged.items():
+    for layer in sorted(layers):
         mean = product(concat([f[layer] for f in factors], weights))
         mean_square += float(mean.double().square().sum())
-        error_square += float((mean - product(pair)).double().square().sum())
+        error = mean - product(merged[layer]) if layer in merged else mean
+        error = error - came[layer] if layer in came else error
+        error_square += float(error.double().square().sum())
     return (error_square / mean_square) ** 0.5 if mean_square > 0 else None
+
+
+def _came(aggregated: Tensors, before: Tensors) -> dict[str, Tensor]:
+    """Return what a round added to the merged knowledge of each layer, (o, i)."""
+    names = [name for name in aggregated if residual.is_residual(name) and name in before]
+    return {str(layer_of(name)): aggregated[name] - before[name] for name in names}
 
 
 def _complete(tensors: Tensors, slot: str) -> dict[str, Pair]:
@@ -102,7 +117,7 @@ def round_diagnostics(
     return {
         "overlap_before": before or None,
         "overlap_after": {k: v for k, v in after.items() if v} or None,
-        "aggregation_error": aggregation_error(aggregated, replies),
+        "aggregation_error": aggregation_error(aggregated, replies, before=server),
         "similarity": site_similarity(server, replies),
     }
 

@@ -79,7 +79,7 @@ def paired_gain(
     if P < ENOUGH_PATIENTS:
         return out | {"note": f"fewer than {ENOUGH_PATIENTS} test patients allow no interval"}
     by_seed = gains_RS[0][~np.isnan(gains_RS[0])]
-    return out | _inference(samples, by_seed, effective_patients(np.sum(images, axis=0)), int(differ_P.sum()))
+    return out | inference(samples, by_seed, effective_patients(np.sum(images, axis=0)), int(differ_P.sum()))
 
 
 def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np.ndarray, Floats]:
@@ -93,7 +93,7 @@ def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np
     return mean_defined(gain_RK), (hits_a != hits_b).any(axis=1), images_PK
 
 
-def _inference(samples: Floats, by_seed: Floats, patients: float, differing: int) -> dict[str, Any]:
+def inference(samples: Floats, by_seed: Floats, patients: float, differing: int) -> dict[str, Any]:
     """Return ``low``, ``high``, ``p`` and ``note`` from the sample (row 0), its resamples and the seeds' gains."""
     gain, drawn = samples[0], samples[1:][~np.isnan(samples[1:])]
     if not differing:

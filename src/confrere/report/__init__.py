@@ -11,12 +11,16 @@ from confrere.report.card import card
 from confrere.report.comparison import summarize_comparison
 from confrere.report.render import render
 from confrere.report.summarize import summarize
+from confrere.report.tables import tables
 
 __all__ = ["card", "render", "summarize", "summarize_comparison", "write_report"]
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.json``, ``report.html`` and, for a run, ``card.md``; return the path of the page.
+    """Write the report of a run or of a comparison; return the path of the page.
+
+    A run gets ``report.html``, ``report.json`` and ``card.md``; a comparison ``comparison.html``, ``report.json``,
+    ``comparison.csv``, ``comparison_scores.csv`` and ``comparison.tex``.
 
     Args:
         run: the directory of a run or of a comparison.
@@ -29,10 +33,12 @@ def write_report(run: Path) -> Path:
     summary = summarize_comparison(run) if compared else summarize(run)
     page = render(summary)
     _write(run / "report.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    if not compared:
-        _write(run / "card.md", card(summary))
-    _write(run / "report.html", page)
-    return run / "report.html"
+    others = tables(summary) if compared else {"card.md": card(summary)}
+    for name, text in others.items():
+        _write(run / name, text)
+    path = run / ("comparison.html" if compared else "report.html")
+    _write(path, page)
+    return path
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from confrere.errors import MissingExtraError
-from confrere.report import charts
+from confrere.report import charts, plots
 from confrere.report.reading import Json, number
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ _FILTERS += (size, duration, amount, position, spaced, plain, cell)
 
 def _charts(summary: Json) -> dict[str, str]:
     if summary["kind"] != "run":
-        return {}
+        return plots.drawn(summary)
     drawn = {}
     curves, shown = summary["curves"], set(summary["drawn"])
     lines = {site: points for site, points in curves["sites"].items() if site in shown} if curves else {}

@@ -1,0 +1,46 @@
+"""Prediction by several models at once: the mean of their probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from confrere.adapters.vectors import RANKS, members
+from confrere.backbones import Backbone
+from confrere.method import Method, one_of
+from confrere.tensors import Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble(Method):
+    """Predict with one model, or with all that :func:`confrere.adapters.vectors.stack` put side by side.
+
+    Not registered: a base class.
+
+    Args:
+        predicts: ``fused``, the ``ensemble`` of the sites' models or the site's ``own`` model.
+    """
+
+    predicts: str = "fused"
+
+    def __post_init__(self) -> None:
+        one_of("method.predicts", self.predicts, ("fused", "ensemble", "own"))
+
+    @property
+    def needs(self) -> Literal["sum", "each"]:
+        """Members are kept apart."""
+        return "each"
+
+    def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
+        """Return class scores (B, K); of an ensemble, the logarithm of the mean of its members' probabilities."""
+        if RANKS not in params:
+            return backbone.logits(params, tokens)
+        chances = [backbone.logits(model, tokens).softmax(1) for model in members(params)]
+        return torch.stack(chances).mean(0).clamp_min(1e-12).log()
+
+    def additive(self) -> bool:
+        """Return whether prediction is that of one adapter: an ensemble's is not."""
+        return self.predicts != "ensemble"

@@ -1,0 +1,119 @@
+"""IFCA: several models on the server; every site trains the one that fits its images best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from confrere.errors import ConfigError
+from confrere.learner import Learner
+from confrere.method import Method, Reply, one_of, register
+from confrere.seeds import torch_generator
+from confrere.tensors import State, Tensors, digest, sq_dist, weighted_mean
+
+CLUSTER = "cluster."
+"""Prefix of the groups that hold the models to choose from."""
+
+
+@register(
+    "ifca",
+    title="Clusters chosen by training loss (IFCA)",
+    paper="Ghosh et al., An Efficient Framework for Clustered Federated Learning, NeurIPS 2020, arXiv 2006.04088",
+)
+@dataclass(frozen=True, kw_only=True)
+class IFCA(Method):
+    """Keep ``clusters`` models; a site trains the one of least training loss and says which; each is averaged alone.
+
+    ``j_k = argmin_j F_k(w_j)``, ``w_j <- weighted mean of the trained w of those k with j_k = j`` (unchosen: as it
+    was). A site predicts with the model it last chose, as the server now has it. The weighted mean of all models sent
+    in a round serves unseen sites. So a site receives ``clusters + 1`` models.
+
+    Args:
+        clusters: how many models, >= 2.
+        start: how they begin to differ. ``sites``: in round 1 all train the same model; then as many sites found one
+            each with what they trained, the first the farthest from the mean, each next from those before. ``draw``:
+            heads are drawn at random, and sites choose from round 1 on.
+
+    Differences from the paper: it draws whole networks at random. Here adapters begin as products of zero under a
+    head of zeros, so all draws would be one function, and among random heads all sites may prefer the same one for
+    ever. Hence ``sites``, our reconstruction; with fewer sites in round 1, clusters start equal. Models are
+    averaged, not gradients; AdamW, fresh in every round; choosing costs forward passes on top of a round's steps.
+    """
+
+    sends: ClassVar[tuple[str, ...]] = ("shared", "choice")
+    also_sends: ClassVar[tuple[str, ...]] = ("number of its cluster",)
+    also_keeps: ClassVar[tuple[str, ...]] = ("number of its cluster",)
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"clusters": ("choice", 2, 3, 4)}
+
+    clusters: int = 2
+    start: str = "sites"
+
+    def __post_init__(self) -> None:
+        one_of("method.start", self.start, ("sites", "draw"))
+        if self.clusters < 2:
+            raise ConfigError(f"{self.clusters} is too few", where="method.clusters", fix="use clusters >= 2")
+
+    @property
+    def needs(self) -> Literal["sum", "each"]:
+        """The server sorts the models by cluster."""
+        return "each"
+
+    def init_server(self, params: Tensors) -> State:
+        """Return one model, and with ``draw`` also the clusters, whose draws follow from the run's own."""
+        drawn = self.clusters if self.start == "draw" else 0
+        return {**super().init_server(params), **{f"{CLUSTER}{j}": redrawn(params, j) for j in range(drawn)}}
+
+    def broadcast(self, server: State, site: str) -> State:
+        """Return the mean model and all clusters there are."""
+        return {g: t for g, t in server.items() if g == "shared" or g.startswith(CLUSTER)}
+
+    def init_site(self, params: Tensors) -> State:
+        """Return nothing: a site has not chosen yet."""
+        return {}
+
+    def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
+        """Train the model of least training loss (ties: the first), or the common one before there are any."""
+        models = [received[f"{CLUSTER}{j}"] for j in range(len(received) - 1)]
+        if not models:
+            return {"shared": learner.fit(received["shared"])}, {}
+        losses = [learner.mean_loss(model, "train") for model in models]
+        chosen = losses.index(min(losses))
+        choice = {"cluster": torch.tensor([float(chosen)])}
+        return {"shared": learner.fit(models[chosen]), "choice": choice}, {"choice": choice}
+
+    def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
+        """Average every cluster over those who chose it; found the clusters first if there are none."""
+        averaged = super().aggregate(server, replies)
+        if f"{CLUSTER}0" not in server:
+            models = founders([reply.state["shared"] for reply in replies], averaged["shared"], self.clusters)
+            return {**averaged, **{f"{CLUSTER}{j}": model for j, model in enumerate(models)}}
+        members: dict[int, list[tuple[float, Tensors]]] = {}
+        for reply in replies:
+            members.setdefault(int(reply.state["choice"]["cluster"]), []).append((reply.weight, reply.state["shared"]))
+        return {**averaged, **{f"{CLUSTER}{j}": weighted_mean(sent) for j, sent in members.items()}}
+
+    def personal(self, received: State, state: State) -> Tensors:
+        """Return the cluster the site last chose, or the mean model."""
+        chosen = state.get("choice", {}).get("cluster")
+        return received["shared"] if chosen is None else received[f"{CLUSTER}{int(chosen)}"]
+
+
+def founders(models: Sequence[Tensors], mean: Tensors, count: int) -> list[Tensors]:
+    """Return ``count`` models, each as far as can be from those before, the first from the mean (ties: the first)."""
+    models = [dict(sorted(model.items())) for model in models]  # the order of a sum decides its last bit
+    chosen: list[Tensors] = []
+    while len(chosen) < count:
+        gaps = [min(float(sq_dist(model, other)) for other in chosen or [mean]) for model in models]
+        chosen.append(models[gaps.index(max(gaps))])
+    return chosen
+
+
+def redrawn(params: Tensors, cluster: int) -> dict[str, Tensor]:
+    """Return ``params`` with a head of standard deviation ``1/sqrt(features)``, drawn anew for each cluster and run."""
+    weight = params["head.weight"]
+    generator = torch_generator(int(digest({"": params})[:15], 16), "head", cluster)
+    return {**params, "head.weight": torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5}

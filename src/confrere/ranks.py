@@ -1,0 +1,63 @@
+"""Suggest a rank for every site, from its training images and its memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from confrere.adapters.names import layer_of
+from confrere.adapters.ranks import rank_for
+from confrere.backbones import Backbone
+from confrere.config import override, validate
+from confrere.errors import ConfigError
+from confrere.job import load_backbone, open_data
+
+
+def suggest(path: Path, memory: Sequence[str], overrides: Sequence[str] = ()) -> list[str]:
+    """Return a line a site (training images, rank) and the line ``adapter.ranks = {...}`` for the experiment.
+
+    Args:
+        path: the data. memory: in 10^6 bytes, ``512`` for all sites or ``north=512`` for one.
+        overrides: ``key.path=value`` of the experiment: backbone, adapted blocks and layers decide the size of a rank.
+
+    Raises:
+        ConfigError: a site without memory, an unknown site, memory that is no number or too small for rank 1.
+    """
+    base = {"path": str(path.resolve()), "method": "local", "controls": []}
+    experiment = validate(override(base, overrides))
+    with tempfile.TemporaryDirectory() as folder:
+        federation = open_data(experiment, Path(folder))
+    given = _memory(memory, [site.name for site in federation.sites])
+    sizes = layer_sizes(load_backbone(experiment, federation))
+    images = {site.name: int((site.split == 0).sum()) for site in federation.sites}
+    ranks = {name: rank_for(count, given[name], sizes=sizes) for name, count in images.items()}
+    lines = [f"{name}: {images[name]} training images, {given[name]:g} MB, rank {rank}" for name, rank in ranks.items()]
+    inner = ", ".join(f'"{name}" = {rank}' for name, rank in ranks.items())
+    return [*lines, f"adapter.ranks = {{ {inner} }}"]
+
+
+def layer_sizes(backbone: Backbone) -> dict[str, tuple[int, int]]:
+    """Return ``(d_in, d_out)`` of every adapted layer."""
+    found: dict[str, list[int]] = {}
+    for name, shape in sorted(backbone.adapter_shapes(dict.fromkeys(backbone.spec.slots[:1], 1)).items()):
+        found.setdefault(str(layer_of(name)), []).append(max(shape))
+    return {layer: (sides[0], sides[1]) for layer, sides in found.items()}
+
+
+def _memory(given: Sequence[str], sites: Sequence[str]) -> dict[str, float]:
+    every: dict[str, float] = {}
+    for text in given:
+        site, _, number = text.rpartition("=")
+        if site and site not in sites:
+            raise ConfigError(f"there is no site {site!r}", where="--memory-mb", fix=f"sites: {', '.join(sites)}")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ConfigError(f"{number!r} is no number", where="--memory-mb", fix="--memory-mb 512") from None
+        for name in [site] if site else [s for s in sites if s not in every]:
+            every[name] = value
+    missing = [name for name in sites if name not in every]
+    if missing:
+        raise ConfigError(f"no memory is given for {missing[0]}", where="--memory-mb", fix="give a number for all sites")
+    return every

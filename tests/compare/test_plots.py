@@ -1,0 +1,71 @@
+"""Drawings of a comparison: nothing covers anything, and the front is the front."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from confrere.report.comparison import _front, _heat
+from confrere.report.plots import critical, pareto
+from confrere.report.tables import escape
+
+
+def method(name: str, size: float | None, score: float | None) -> dict[str, object]:
+    return {"name": name, "title": name, "bytes": size, "balanced_accuracy": {"value": score}, "sites": {}}
+
+
+def texts(svg: str) -> list[tuple[float, float, str]]:
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)<', svg)
+    return [(float(x), float(y), text) for x, y, text in found]
+
+
+def test_the_front_holds_what_no_other_method_beats() -> None:
+    methods = [method("a", 5, 0.7), method("b", 3, 0.7), method("c", 9, 0.9), method("d", 10, 0.8), method("e", 0, 0.2)]
+    assert _front([*methods, method("pooled", None, 0.99)]) == ["e", "b", "c"]
+    assert sorted(_front([method("a", 3, 0.7), method("b", 3, 0.7)])) == ["a", "b"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_method_has_its_number_and_no_two_overlap(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    points = [(n, float(rng.choice([0, 1e6, 2e6])), 0.7 + 0.001 * int(rng.integers(20)), False) for n in range(1, 21)]
+    found = [t for t in texts(pareto(points, [0.72])) if t[2].isdigit() and 1 <= int(t[2]) <= 20 and t[0] > 42]
+    assert sorted(int(t[2]) for t in found if t[1] < 222) == list(range(1, 21))
+    for i, (x, y, text) in enumerate(found):
+        for x2, y2, other in found[i + 1 :]:
+            assert abs(x - x2) >= 3.5 * (len(text) + len(other)) or abs(y - y2) >= 10
+
+
+@pytest.mark.parametrize("k", [3, 4, 12, 40])
+def test_the_critical_difference_diagram_numbers_every_method(k: int) -> None:
+    ranks = sorted(np.random.default_rng(k).uniform(1, k, k).tolist())
+    svg = critical(ranks, [[ranks[0], ranks[1]]], 2.0)
+    left = [t for t in texts(svg) if t[0] < 30 and t[2].isdigit()]
+    right = [t for t in texts(svg) if t[0] > 330 and t[2].isdigit()]
+    assert sorted(int(t[2]) for t in left + right) == list(range(1, k + 1))
+    assert svg.count("var(--accent)") == 1
+    height = int(re.findall(r'viewBox="0 0 360 (\d+)"', svg)[0])
+    assert all(0 < y < height for _, y, _ in texts(svg))
+
+
+def test_heat_is_against_training_alone_where_there_is_some() -> None:
+    rows = [method("fedit", 1, 0.5), method("local", 0, 0.5)]
+    rows[0]["sites"] = {"a": {"value": 0.7}, "b": {"value": 0.5}}
+    rows[1]["sites"] = {"a": {"value": 0.5}, "b": {"value": 0.6}}
+    found = _heat(rows, ["a", "b"], [{"a": "fedit", "site": "a", "p_holm": 0.01}])
+    assert found is not None
+    first = found["rows"][0]["cells"]
+    assert [round(cell["shade"], 6) for cell in first] == [1.0, -0.5]
+    assert [cell["shown"] for cell in first] == [True, False]
+    assert all(cell["shade"] == 0 for cell in found["rows"][1]["cells"])
+    alone = _heat(rows[:1], ["a", "b"], [])
+    assert alone is not None
+    assert alone["against"] == "mean"
+
+
+def test_latex_prints_what_was_written() -> None:
+    assert escape("a_b & 5 % {x} \\ ~^#$") == (
+        r"a\_b \& 5 \% \{x\} \textbackslash{} \textasciitilde{}\textasciicircum{}\#\$"
+    )

@@ -1,0 +1,47 @@
+"""Ranks are suggested from training images and memory."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from confrere.errors import ConfigError
+from confrere.ranks import suggest
+
+SETTINGS = ["backbone.name=test-vit", "adapter.blocks=2"]
+
+
+@pytest.fixture
+def hospitals(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for site, count in (("north", 200), ("south", 20)):
+        for label in ("benign", "malignant"):
+            folder = tmp_path / "data" / site / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "data"
+
+
+def test_more_images_and_more_memory_give_a_higher_rank(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONFRERE_CACHE", str(hospitals.parent / "cache"))
+    line = suggest(hospitals, ["100"], SETTINGS)[-1]
+    ranks = tomllib.loads(line)["adapter"]["ranks"]
+    assert ranks["north"] > ranks["south"] >= 1
+    little = tomllib.loads(suggest(hospitals, ["100", "north=0.05"], SETTINGS)[-1])["adapter"]["ranks"]
+    assert little["north"] < ranks["north"]
+    assert little["south"] == ranks["south"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [(["east=3"], "no site 'east'"), (["much"], "'much' is no number"), (["north=9"], "no memory is given for south")],
+)
+def test_mistakes_are_named(hospitals: Path, memory: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONFRERE_CACHE", str(hospitals.parent / "cache"))
+    with pytest.raises(ConfigError, match=said):
+        suggest(hospitals, memory, SETTINGS)
