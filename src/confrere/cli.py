@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from confrere.commands import add_to
 from confrere.errors import ConfigError, ConfrereError, DataError
 
 app = typer.Typer(
@@ -147,17 +148,17 @@ def compare(
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
     """List the methods: what they send, keep and need."""
-    from confrere.listing import method_rows
+    from confrere.listing import method_rows, show
 
-    _list(method_rows(), ("name", "sends", "keeps", "needs", "paper"), as_json)
+    show(method_rows(), ("name", "sends", "keeps", "needs", "paper"), as_json)
 
 
 @app.command()
 def backbones(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
     """List the backbones known by name."""
-    from confrere.listing import backbone_rows
+    from confrere.listing import backbone_rows, show
 
-    _list(backbone_rows(), ("name", "source", "licence", "input", "blocks"), as_json)
+    show(backbone_rows(), ("name", "source", "licence", "input", "blocks"), as_json)
 
 
 @data_app.command("check")
@@ -277,15 +278,6 @@ def _report(out: Path) -> None:
     _say("Report: ", write_report(out))
 
 
-def _list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
-    from confrere.listing import table
-
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-    else:
-        _console().print(table(rows, columns))
-
-
 def _console() -> Any:
     from rich.console import Console
 
@@ -296,3 +288,6 @@ def _say(text: str, bold: object = "") -> None:
     from rich.text import Text  # as it is: a path may hold what rich takes for markup
 
     _console().print(Text.assemble(text, (str(bold), "bold")), soft_wrap=True)
+
+
+add_to(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,16 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
         cells = (row[column] for column in columns)
         drawn.add_row(*(", ".join(c) if isinstance(c, list) else str(c if c is not None else "") for c in cells))
     return drawn
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool) -> None:
+    """Print rows as JSON, or some of their columns as a table."""
+    from rich.console import Console
+
+    if as_json:
+        print(json.dumps(list(rows), indent=1))
+    else:
+        Console(highlight=False).print(table(rows, columns))
 
 
 def describe_method(method: Method) -> dict[str, Any]:

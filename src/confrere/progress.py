@@ -63,8 +63,7 @@ class _Show:
         passed = time.perf_counter() - self.all_started
         left = passed / (self.done - self.begun) * (self.total - self.done)
         self.console.print(
-            f"[bold]finished[/]  {escape(event['name'])}: {self.done} of {self.total}, "
-            f"about {left / 60:.0f} min left"
+            f"[bold]finished[/]  {escape(event['name'])}: {self.done} of {self.total}, about {left / 60:.0f} min left"
         )
 
     def _tuned(self, event: dict[str, Any]) -> None:

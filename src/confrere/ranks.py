@@ -18,7 +18,8 @@ def suggest(path: Path, memory: Sequence[str], overrides: Sequence[str] = ()) ->
     """Return a line a site (training images, rank) and the line ``adapter.ranks = {...}`` for the experiment.
 
     Args:
-        path: the data. memory: in 10^6 bytes, ``512`` for all sites or ``north=512`` for one.
+        path: the data.
+        memory: in 10^6 bytes, ``512`` for all sites or ``north=512`` for one.
         overrides: ``key.path=value`` of the experiment: backbone, adapted blocks and layers decide the size of a rank.
 
     Raises:
@@ -59,5 +60,7 @@ def _memory(given: Sequence[str], sites: Sequence[str]) -> dict[str, float]:
             every[name] = value
     missing = [name for name in sites if name not in every]
     if missing:
-        raise ConfigError(f"no memory is given for {missing[0]}", where="--memory-mb", fix="give a number for all sites")
+        raise ConfigError(
+            f"no memory is given for {missing[0]}", where="--memory-mb", fix="give a number for all sites"
+        )
     return every
