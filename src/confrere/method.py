@@ -117,6 +117,9 @@ class Method:
         """Return the tensors this site predicts with: shared and private together."""
         return {**received.get("shared", {}), **state.get("private", {})}
 
+    def check(self, steps: int) -> None:
+        """Raise ConfigError where the method cannot do with ``steps`` local steps; called before anything is read."""
+
     def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
         """Return class scores (B, K) of images, given what :meth:`personal` returned."""
         return backbone.logits(params, tokens)

@@ -407,3 +407,26 @@ def test_local_training_sends_nothing_and_needs_no_server(tmp_path: Path) -> Non
     for event in Run(tmp_path).events():
         if event["event"] == "round":
             assert all(s["sent_bytes"] == s["received_bytes"] == 0 for s in event["sites"].values())
+
+
+def test_a_round_whose_sampled_sites_are_all_silent_is_lost_not_the_run(tmp_path: Path) -> None:
+    method, run = make("fedit"), Run(tmp_path)
+    sites = tiny_sites(method)
+    plan = tiny_plan(method, rounds=6, fraction=0.34)
+    asked = [sample(SITES, 0.34, plan.seed, r) for r in range(1, 7)]
+    assert ["b"] in asked
+    assert asked != [["b"]] * 6
+    federate(method, start(method), Absent(sites, {r: ("b",) for r in range(1, 7)}), plan, run)
+    assert [sorted(e["sites"]) for e in of(run, "round")] == [[] if who == ["b"] else who for who in asked]
+    for r, who in enumerate(asked, 1):
+        assert (digest(run.server(r)) == digest(run.server(r - 1))) == (who == ["b"])
+    lost = [e["round"] for e in of(run, "failure") if e["site"] is None]
+    assert lost == [r for r, who in enumerate(asked, 1) if who == ["b"]]
+
+
+def test_validation_messages_are_counted(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    go(make("fedit"), run, rounds=2, every=2)
+    (judged,) = of(run, "evaluation")
+    trained = of(run, "round")[-1]["sites"]
+    assert judged["received_bytes"] == {name: trained[name]["received_bytes"] for name in SITES}

@@ -55,12 +55,25 @@ class Anatomy:
         return list(self.root.get_submodule(self.blocks_path).children()) if self.blocks_path else []
 
     def norms_after(self, cut: int) -> dict[str, Tensor]:
-        """Return copies of the layer norms' weights and biases from block ``cut`` on, and of the final norm's."""
+        """Return copies of the layer norms' weights and biases from block ``cut`` on, and of the final norm's.
+
+        Of a module that cannot be cut these are all layer norms.
+
+        Raises:
+            BackboneError: there is none.
+        """
         kept = tuple(f"{self.blocks_path}.{index}." for index in range(cut, len(self.blocks)))
+        norms = {
+            path: module
+            for path, module in self.root.named_modules()
+            if isinstance(module, nn.LayerNorm)
+            and (module in (self.norm, self.after_pool) or path.startswith(kept) or not self.blocks_path)
+        }
+        if not norms:
+            raise BackboneError("the backbone has no layer norm to train", where=self.family, fix="use another method")
         return {
             f"{path}.{name}": value.detach().float().clone()
-            for path, module in self.root.named_modules()
-            if isinstance(module, nn.LayerNorm) and (module is self.norm or path.startswith(kept))
+            for path, module in norms.items()
             for name, value in module.named_parameters()
         }
 

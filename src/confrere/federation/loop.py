@@ -76,22 +76,22 @@ def one_round(
     """Return the server's state after a round, and the round's events.
 
     Raises:
-        RunError: no site answered.
+        RunError: every willing site was asked and none answered. Where only some were asked, the round is lost.
     """
     started = time.perf_counter()
     willing = [s for s in transport.sites() if plan.train is None or s in plan.train]
     cohort = sample(willing, plan.fraction, plan.seed, round_)
     requests = {s: Request(kind="train", round=round_, state=method.broadcast(server, s)) for s in cohort}
     replies, failures = sorted_answers(transport.exchange(requests))
-    if not replies:
+    if not replies and len(cohort) == len(willing):
         raise RunError(
             f"0 of {len(cohort)} sites answered: " + "; ".join(f"{f.site}: {f.reason}" for f in failures),
             where=f"round {round_}",
             fix="; ".join(dict.fromkeys(f.fix for f in failures if f.fix)),
         )
-    enough = len(replies) >= plan.min_replies
+    enough = len(replies) >= max(1, plan.min_replies)
     updated = method.aggregate(server, replies) if enough else server
-    judged, unjudged = judge(method, updated, transport, plan, round_)
+    judged, unjudged, received = judge(method, updated, transport, plan, round_)
     after = {r.site: r.metrics["overlap"] for r in judged}
     events = [failure(round_, f) for f in [*failures, *unjudged]]
     if not enough:
@@ -106,7 +106,7 @@ def one_round(
             "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after),
         }
     )
-    return updated, events + ([evaluation(round_, judged)] if judged else [])
+    return updated, events + ([evaluation(round_, judged, received)] if judged else [])
 
 
 def cohort_size(fraction: float, sites: int) -> int:
@@ -123,13 +123,14 @@ def sample(sites: Sequence[str], fraction: float, seed: int, round_: int) -> lis
 
 def judge(
     method: Method, server: State, transport: Transport, plan: Plan, round_: int
-) -> tuple[list[Reply], list[Failure]]:
-    """Return the sites' validation replies and who gave none, both sorted, in the rounds that are judged."""
+) -> tuple[list[Reply], list[Failure], dict[str, int]]:
+    """Return validation replies and who gave none, both sorted, and bytes sent to each; nothing in other rounds."""
     if round_ % plan.every and round_ != plan.rounds:
-        return [], []
+        return [], [], {}
     sites = [s for s in transport.sites() if plan.judge is None or s in plan.judge]
     requests = {s: Request(kind="evaluate", round=round_, state=method.broadcast(server, s)) for s in sites}
-    return sorted_answers(transport.exchange(requests))
+    sizes = {site: n_bytes(request.state) for site, request in requests.items()}
+    return *sorted_answers(transport.exchange(requests)), sizes
 
 
 def sorted_answers(answers: Iterable[Reply | Failure]) -> tuple[list[Reply], list[Failure]]:
@@ -144,8 +145,8 @@ def failure(round_: int, failed: Failure) -> dict[str, Any]:
     return {"event": "failure", "round": round_, "site": failed.site or None, "reason": reason}
 
 
-def evaluation(round_: int, replies: Sequence[Reply]) -> dict[str, Any]:
-    """Return the event of a judged round: balanced accuracy per site, its mean, and the criterion of choice."""
+def evaluation(round_: int, replies: Sequence[Reply], received: Mapping[str, int]) -> dict[str, Any]:
+    """Return the event of a judged round: balanced accuracy per site, its mean, the criterion of choice, bytes sent."""
     scores = {r.site: r.metrics["score"] for r in replies}
     return {
         "event": "evaluation",
@@ -154,6 +155,7 @@ def evaluation(round_: int, replies: Sequence[Reply]) -> dict[str, Any]:
         "sites": scores,
         "mean": _mean(scores.values()),
         "criterion": _mean(r.metrics["confidence"] for r in replies),
+        "received_bytes": {r.site: received[r.site] for r in replies},
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from confrere.errors import ConfigError
 from confrere.method import register
@@ -20,6 +22,8 @@ class Dual(FedOPAL):
 
     Differences from the papers: joint training as in FedOPAL; FedDPA alternates and mixes by input.
     """
+
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"head": ("choice", "shared", "local")}
 
     regulariser: str = "none"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -47,6 +47,10 @@ class FedOPAL(Method):
     """
 
     slots: ClassVar[tuple[str, ...]] = ("general", "personal")
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "lam": ("log", 0.05, 5.0),
+        "head": ("choice", "shared", "local"),
+    }
 
     lam: float = 0.5
     regulariser: str = "W-B"
