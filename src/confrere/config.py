@@ -152,7 +152,7 @@ class Experiment(Part):
                 fix="use a method that shares its head, or leave hold_out out",
             )
         for method in (self.build_method(), *map(make, self.controls)):
-            method.check(self.train.steps)
+            method.check(self.train.steps, self.rounds)
             if min([self.adapter.rank, *self.adapter.ranks.values()]) < len(method.slots):
                 raise ConfigError(
                     f"a rank of less than {len(method.slots)} cannot be divided among the adapters of {method.name}",

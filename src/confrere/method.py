@@ -117,8 +117,8 @@ class Method:
         """Return the tensors this site predicts with: shared and private together."""
         return {**received.get("shared", {}), **state.get("private", {})}
 
-    def check(self, steps: int) -> None:
-        """Raise ConfigError where the method cannot do with ``steps`` local steps; called before anything is read."""
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where so many local steps or rounds do not do; called before anything is read."""
 
     def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
         """Return class scores (B, K) of images, given what :meth:`personal` returned."""
@@ -134,7 +134,10 @@ class Method:
         return {"shared": pick(params, self.shared)}, self.init_site(params)
 
     def may_stop(self, round_: int, rounds: int) -> bool:
-        """Return whether the judgement of ``round_`` counts for early stopping (methods with phases say no)."""
+        """Return whether the judgement of ``round_`` counts: for early stopping, and for which round is kept.
+
+        Methods with phases say no before the last one: their model is not there yet.
+        """
         return True
 
     def has_general(self) -> bool:

@@ -309,22 +309,25 @@ def test_fine_tuning_is_never_stopped_before_it_began(rounds: int, finetune: flo
 
 def test_judgements_of_the_shared_rounds_do_not_end_fine_tuning() -> None:
     method = make("fedit-ft")  # 10 rounds: 7 shared
-    plan = tiny_plan(method, rounds=10, patience=2)
-    assert not should_stop(method, judged([0.9] + [0.1] * 7), plan, 8)
-    assert should_stop(method, judged([0.9] + [0.1] * 8), plan, 9)
+    plan = tiny_plan(method, rounds=10, patience=1)
+    events = [{**e, "counts": method.may_stop(e["round"], 10)} for e in judged([0.9] * 7 + [0.2, 0.1])]
+    assert not should_stop(method, events[:8], plan, 8)
+    assert should_stop(method, events, plan, 9)
+    assert best_round(events) == 8  # the better rounds before are those of another model
+    assert best_round(events[:5]) == 1  # stopped by hand before fine-tuning: the best there is
 
 
 def test_a_run_that_cannot_improve_still_fine_tunes_and_resuming_adds_nothing(tmp_path: Path) -> None:
     method = make("fedit-ft")  # 10 rounds: 7 shared, 3 of fine-tuning
     run = Run(tmp_path)
     go(method, run, tiny_sites(method, rounds=10, lr=0.0, steps=1), rounds=10, patience=1)
-    assert run.last_round() == 8
+    assert run.last_round() == 9
     assert stopped(run.events())
     bytes_before = run.events_file.read_bytes()
     sites = tiny_sites(method, rounds=10, lr=0.0, steps=1)
     final = go(method, run, sites, rounds=10, patience=1)
     assert run.events_file.read_bytes() == bytes_before
-    assert digest(final) == digest(run.server(8))
+    assert digest(final) == digest(run.server(9))
     assert all(s.store.before(99) is None for s in sites.values())  # nobody was asked
 
 

@@ -106,7 +106,8 @@ def one_round(
             "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after),
         }
     )
-    return updated, events + ([evaluation(round_, judged, received)] if judged else [])
+    counts = method.may_stop(round_, plan.rounds)
+    return updated, events + ([evaluation(round_, judged, received, counts=counts)] if judged else [])
 
 
 def cohort_size(fraction: float, sites: int) -> int:
@@ -145,7 +146,9 @@ def failure(round_: int, failed: Failure) -> dict[str, Any]:
     return {"event": "failure", "round": round_, "site": failed.site or None, "reason": reason}
 
 
-def evaluation(round_: int, replies: Sequence[Reply], received: Mapping[str, int]) -> dict[str, Any]:
+def evaluation(
+    round_: int, replies: Sequence[Reply], received: Mapping[str, int], *, counts: bool = True
+) -> dict[str, Any]:
     """Return the event of a judged round: balanced accuracy per site, its mean, the criterion of choice, bytes sent."""
     scores = {r.site: r.metrics["score"] for r in replies}
     return {
@@ -156,6 +159,7 @@ def evaluation(round_: int, replies: Sequence[Reply], received: Mapping[str, int
         "mean": _mean(scores.values()),
         "criterion": _mean(r.metrics["confidence"] for r in replies),
         "received_bytes": {r.site: received[r.site] for r in replies},
+        "counts": counts,
     }
 
 
@@ -167,13 +171,13 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def best_round(events: Sequence[Mapping[str, Any]]) -> int:
     """Return the round of the best validation criterion (the earliest of equals), else the last round.
 
-    The criterion is the mean over sites of the balanced mean probability of the true class.
+    The criterion is the mean over sites of the balanced mean probability of the true class. Rounds before the last
+    phase of a method do not count, unless there are no others.
     """
-    judged = [
-        (e["criterion"], -e["round"]) for e in events if e["event"] == "evaluation" and e["criterion"] is not None
-    ]
+    known = [e for e in events if e["event"] == "evaluation" and e["criterion"] is not None]
+    judged = [e for e in known if e.get("counts", True)] or known
     if judged:
-        return int(-max(judged)[1])
+        return int(-max((e["criterion"], -e["round"]) for e in judged)[1])
     return max((e["round"] for e in events if e["event"] == "round"), default=0)
 
 
@@ -182,11 +186,7 @@ def should_stop(method: Method, events: Sequence[Mapping[str, Any]], plan: Plan,
     if not plan.patience or not method.may_stop(round_, plan.rounds) or round_ == plan.rounds:
         return ""
     best = best_round(events)
-    since = sum(
-        1
-        for e in events
-        if e["event"] == "evaluation" and e["round"] > best and method.may_stop(e["round"], plan.rounds)
-    )
+    since = sum(1 for e in events if e["event"] == "evaluation" and e["round"] > best and e.get("counts", True))
     return f"no better validation criterion since round {best}" if since >= plan.patience else ""
 
 
