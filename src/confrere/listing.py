@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from confrere import methods as _methods  # noqa: F401  fills the registry
@@ -111,14 +113,11 @@ def method_page() -> str:
     parts = [f"## {title}\n\n{head}\n" + "\n".join(lines) for title, lines in groups.items()]
     count = sum(len(lines) for lines in groups.values())
     intro = (
-        f"# Methods\n\nMade from the registry of {count} methods by `python -m confrere.listing`. A server that needs"
+        f"# Methods\n\nThe registry's {count} methods; made by `python -m confrere.listing docs/methods/index.md`.\n"
+        "A server that needs only a *sum* works with secure aggregation; others see *each* site's update.\n\n"
     )
-    return (
-        f"{intro}\nonly a *sum* works with secure aggregation; others see *each* site's update.\n\n"
-        + "\n\n".join(parts)
-        + "\n"
-    )
+    return intro + "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    print(method_page(), end="")
+    Path(sys.argv[1]).write_text(method_page())

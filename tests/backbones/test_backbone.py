@@ -238,7 +238,7 @@ def test_wrong_images_are_refused(backbone, shape, dtype):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"image_size": 33}, "use 32x32"),
+        ({"image_size": 33}, "use backbone.image_size=32"),
         ({"depth": 4}, "within 1..3"),
         ({"depth": 1}, "cannot be adapted"),
         ({"sha256": "0" * 64}, "expected 0000"),

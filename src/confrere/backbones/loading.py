@@ -126,7 +126,9 @@ def _check_size(size: tuple[int, int], patch: tuple[int, int], name: str) -> Non
         raise BackboneError(
             f"image size {size[0]}x{size[1]} is not a multiple of the patch size {patch[0]}x{patch[1]}",
             where=name,
-            fix=f"use {near[0]}x{near[1]}",
+            fix=f"use backbone.image_size={near[0]}"
+            if near[0] == near[1]
+            else f"use data.image_size=[{near[0]}, {near[1]}]",
         )
 
 
@@ -137,12 +139,12 @@ def _check_depth(depth: int | None, total: int, spec: LoraSpec, name: str) -> in
         return 0
     kept = total if depth is None else depth
     if not 1 <= kept <= total:
-        raise BackboneError(f"depth {kept} is not within 1..{total}", where=name, fix=f"use at most {total}")
+        raise BackboneError(f"depth {kept} is not within 1..{total}", where=name, fix=f"use backbone.depth={total}")
     if spec.blocks > kept:
         raise BackboneError(
             f"{spec.blocks} blocks cannot be adapted when {kept} are kept",
             where=name,
-            fix=f"use blocks <= {kept}",
+            fix=f"use adapter.blocks={kept}",
         )
     return kept
 
