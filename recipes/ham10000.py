@@ -211,8 +211,8 @@ def main() -> None:
         methods = tuple(args.methods.split(",")) if args.methods else methods
         experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, settings))
         with progress(quiet=False) as notify:
-            place = args.out / name
-            found[name] = compare(experiment, methods, SEEDS, place, jobs=args.jobs, controls=False, notify=notify)
+            options = {"jobs": args.jobs, "trials": args.tune, "controls": False, "notify": notify}
+            found[name] = compare(experiment, methods, SEEDS, args.out / name, **options)
         print(write_report(args.out / name))
     if args.page:
         args.page.write_text(page(found, "make ham10000 DATA=/path/to/fed_ham10000"))
