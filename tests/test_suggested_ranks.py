@@ -18,7 +18,7 @@ SETTINGS = ["backbone.name=test-vit", "adapter.blocks=2"]
 @pytest.fixture
 def hospitals(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    for site, count in (("north", 200), ("south", 20)):
+    for site, count in (("north", 200), ("south", 20), ("west", 4)):
         for label in ("benign", "malignant"):
             folder = tmp_path / "data" / site / label
             folder.mkdir(parents=True)
@@ -35,6 +35,20 @@ def test_more_images_and_more_memory_give_a_higher_rank(hospitals: Path, monkeyp
     little = tomllib.loads(suggest(hospitals, ["100", "north=0.05"], SETTINGS)[-1])["adapter"]["ranks"]
     assert little["north"] < ranks["north"]
     assert little["south"] == ranks["south"]
+
+
+@pytest.mark.parametrize(("method", "lowest"), [("local", 1), ("sdflora", 2), ("hilora", 4)])
+def test_every_adapter_of_the_method_gets_a_rank(
+    hospitals: Path, method: str, lowest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """West has images for no rank at all; an experiment refuses a rank below the method's number of adapters."""
+    monkeypatch.setenv("CONFRERE_CACHE", str(hospitals.parent / "cache"))
+    ranks = tomllib.loads(suggest(hospitals, ["100"], [*SETTINGS, f"method={method}"])[-1])["adapter"]["ranks"]
+    assert ranks["west"] == lowest
+    named = suggest(hospitals, ["100"], [*SETTINGS, f"method.name={method}"])[-1]
+    assert tomllib.loads(named)["adapter"]["ranks"] == ranks
+    with pytest.raises(ConfigError, match=f"rank {lowest}"):
+        suggest(hospitals, ["0.001"], [*SETTINGS, f"method={method}"])
 
 
 @pytest.mark.parametrize(

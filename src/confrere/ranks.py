@@ -20,19 +20,22 @@ def suggest(path: Path, memory: Sequence[str], overrides: Sequence[str] = ()) ->
     Args:
         path: the data.
         memory: in 10^6 bytes, ``512`` for all sites or ``north=512`` for one.
-        overrides: ``key.path=value`` of the experiment: backbone, adapted blocks and layers decide the size of a rank.
+        overrides: ``key.path=value`` of the experiment: backbone, adapted blocks and layers decide the size of a rank,
+            the method (by default ``local``) how many adapters share it: no site gets fewer than one for each.
 
     Raises:
-        ConfigError: a site without memory, an unknown site, memory that is no number or too small for rank 1.
+        ConfigError: a site without memory, an unknown site, memory that is no number or too small
+            for the smallest rank.
     """
-    base = {"path": str(path.resolve()), "method": "local", "controls": []}
+    base = {"path": str(path.resolve()), "method": {"name": "local"}, "controls": []}
     experiment = validate(override(base, overrides))
     with tempfile.TemporaryDirectory() as folder:
         federation = open_data(experiment, Path(folder))
     given = _memory(memory, [site.name for site in federation.sites])
     sizes = layer_sizes(load_backbone(experiment, federation))
     images = {site.name: int((site.split == 0).sum()) for site in federation.sites}
-    ranks = {name: rank_for(count, given[name], sizes=sizes) for name, count in images.items()}
+    lowest = 1 << (len(experiment.build_method().slots) - 1).bit_length()  # a power of two: one for each adapter
+    ranks = {name: rank_for(count, given[name], sizes=sizes, lowest=lowest) for name, count in images.items()}
     lines = [f"{name}: {images[name]} training images, {given[name]:g} MB, rank {rank}" for name, rank in ranks.items()]
     inner = ", ".join(f'"{name}" = {rank}' for name, rank in ranks.items())
     return [*lines, f"adapter.ranks = {{ {inner} }}"]

@@ -25,6 +25,7 @@ from tiny_federation import (
 )
 from torch import Tensor
 
+from confrere import initial
 from confrere.adapters import residual
 from confrere.adapters.algebra import Pair, concat, cut, named, pairs, product
 from confrere.adapters.folder import import_
@@ -42,6 +43,12 @@ from confrere.methods.hetlora import tail
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors, digest, n_bytes, pick
 
+VARIANTS = {
+    "flexlora-keep": make("flexlora", {"rest": "keep"}),
+    "hetlora-keep": make("hetlora", {"rest": "keep"}),
+    "hetlora-keep-prune": make("hetlora", {"rest": "keep", "gamma": 0.75, "lam": 0.1}),
+    "fedrot-lora-soft": make("fedrot-lora", {"soft": 0.5}),
+}
 UNEQUAL = ("flexlora", "flora", "hetlora")
 RANKS = {"a": 2, "b": 4, "c": 6}
 
@@ -178,6 +185,31 @@ def test_averaging_turned_copies_is_exact_after_turning_and_not_before() -> None
     assert aggregation_error(method.aggregate({"shared": {}}, sent)["shared"], sent) > 0.5
 
 
+def test_turning_by_b_can_undo_what_fedit_gets_right() -> None:
+    """A_1 = A_2 = [1 0]: averaging is exact. B_2 = [-.6 .8] points away from B* = [1 0], so Q = -1 turns A_2 to [-1 0].
+
+    Then mean(A) = 0 and everything is lost: relative error 1 in an odd round. Turned by A, nothing turns. A proper
+    rotation (soft < 1) of rank 1 is the identity.
+    """
+    ones = [[1.0, 0.0]]
+    sent = [reply("a", 1.0, state(ones, [[1.0], [0.0]])), reply("b", 1.0, state(ones, [[-0.6], [0.8]]))]
+    reference = state(ones, [[1.0], [0.0]])
+
+    def error(round_: int, soft: float) -> float | None:
+        method = make("fedrot-lora", {"soft": soft})
+        turned = [
+            reply(r.site, 1.0, method.turned(r.state["shared"], reference, round_))  # type: ignore[attr-defined]
+            for r in sent
+        ]
+        return aggregation_error(method.aggregate({"shared": {}}, turned)["shared"], turned)
+
+    plain = make("fedit").aggregate({"shared": {}}, sent)["shared"]
+    assert aggregation_error(plain, sent) == pytest.approx(0, abs=1e-6)
+    assert error(3, 1.0) == pytest.approx(1)
+    assert error(2, 1.0) == error(3, 0.5) == pytest.approx(0, abs=1e-6)
+    assert make("fedrot-lora").soft == 1  # type: ignore[attr-defined]
+
+
 def test_fedrot_sends_the_same_product_and_turns_the_side_of_the_round() -> None:
     method = make("fedrot-lora", {"soft": 1.0})
     sent, plain, reference = {}, {}, dict[int, Tensors]()
@@ -246,6 +278,60 @@ def test_a_direction_that_carries_nothing_is_not_dead() -> None:
         assert not b[:, 2:].any()
         still = [reply("s", 1.0, dict(start["shared"]))]
         assert torch.equal(pair_of(method.aggregate(start, still))[0], pair_of(start)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "second"),
+    [
+        ("flexlora", {}, 1.5),
+        ("flexlora", {"rest": "keep"}, 2.0),
+        ("hetlora", {"weighting": "images"}, 0.75),
+        ("hetlora", {"weighting": "images", "rest": "keep"}, 2.0),
+        ("sdflora", {}, 2.0),
+    ],
+)
+def test_what_a_small_site_could_not_see_by_hand(name: str, options: dict[str, object], second: float) -> None:
+    """W = diag(2, 1). A site of rank 1 returns diag(2, 0) as it got it, one of rank 2 returns diag(2, 3).
+
+    Mean of products: (0 + 3) / 2. Mean of padded factors, A_22 = (0 + 1) / 2 and B_22 = (0 + 3) / 2: 3/4. The small
+    site did not see the second direction; with the server's 1 for its 0 the mean is (1 + 3) / 2.
+    """
+    before: State = {"shared": state([[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])}
+    sent = [reply("a", 1.0, state([[2.0, 0.0]], [[1.0], [0.0]]))]
+    sent += [reply("b", 1.0, state([[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 3.0]]))]
+    close(product(pair_of(make(name, options).aggregate(before, sent))), [[2.0, 0.0], [0.0, second]])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "low", "high"),
+    [
+        ("flexlora", {}, 0.5, 0.9),  # the paper's: it forgets, as its page says
+        ("flexlora", {"rest": "keep"}, 0, 1e-6),
+        ("hetlora", {}, 0.5, 0.9),
+        ("hetlora", {"rest": "keep"}, 0, 1e-6),
+        ("sdflora", {}, 0, 1e-6),
+    ],
+)
+def test_at_learning_rate_zero_unequal_ranks_change_nothing(
+    name: str, options: dict[str, object], low: float, high: float
+) -> None:
+    """Sites of rank 2, 2 and 8 (in each adapter) that only send back what they got, three times."""
+    method = make(name, options)
+    backbone, sites, count = backbone_of(method), tiny_sites(method, lr=0.0, weight_decay=0.0), len(method.slots)
+    for site, rank in (("a", 2), ("b", 2), ("c", 8)):
+        draw = partial(initial.initial_params, backbone, method, site, classes=3, seed=0, full=8 * count)
+        sites[site].initial = partial(draw, rank=rank * count)
+    generator = torch.Generator().manual_seed(1)
+    start = {
+        n: torch.randn(t.shape, generator=generator) if ".lora_B." in n else t
+        for n, t in sorted(sites["c"].initial().items())
+    }
+    server = method.init_server(start)
+    for round_ in (1, 2, 3):
+        server = method.aggregate(server, one_round(method, server, sites, round_))
+    old, new = pairs(start, "general"), pairs(server["shared"], "general")
+    lost = sum(float((product(new[n]) - product(old[n])).square().sum()) for n in old)
+    assert low <= (lost / sum(float(product(pair).square().sum()) for pair in old.values())) ** 0.5 <= high
 
 
 def one_round(method: Method, server: State, sites: dict[str, Site], round_: int) -> list[Reply]:
@@ -412,6 +498,8 @@ def test_a_newcomer_of_a_small_rank_gets_its_part() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("flexlora", {"rest": "zero"}),
+        ("hetlora", {"rest": "zero"}),
         ("hetlora", {"weighting": "loss"}),
         ("hetlora", {"gamma": 0.0}),
         ("hetlora", {"gamma": 1.5}),

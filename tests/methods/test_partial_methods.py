@@ -252,6 +252,14 @@ def test_one_step_is_refused_with_the_way_out() -> None:
         make("fedrep").head_steps(1)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", ["fedrep", "ditto", "apfl"])
+def test_one_step_a_round_is_refused_before_anything_is_read(name: str) -> None:
+    experiment = {"path": "nowhere", "method": name, "controls": ()}
+    with pytest.raises(ConfigError, match=r"train\.steps=2"):
+        validate({**experiment, "train": {"steps": 1}})
+    assert validate({**experiment, "train": {"steps": 2}}).train.steps == 2
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -57,6 +57,10 @@ class APFL(Method):
             raise ConfigError(f"{self.alpha_lr} is out of range", where="method.alpha_lr", fix="use alpha_lr >= 0")
         check_share(self.share)
 
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where ``steps`` cannot be divided between two models."""
+        divide(steps, self.share)
+
     def init_site(self, params: Tensors) -> State:
         """Return nothing: the personal model starts from the first global one."""
         return {"private": {}}

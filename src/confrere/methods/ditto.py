@@ -44,6 +44,10 @@ class Ditto(Method):
             raise ConfigError(f"{self.lam} is out of range", where="method.lam", fix="use lam >= 0")
         check_share(self.share)
 
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where ``steps`` cannot be divided between two models."""
+        divide(steps, self.share)
+
     def init_site(self, params: Tensors) -> State:
         """Return nothing: the personal model starts from the first global one."""
         return {"private": {}}

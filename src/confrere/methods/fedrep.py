@@ -42,6 +42,10 @@ class FedRep(FedPer):
                 f"{self.head_share} is out of range", where="method.head_share", fix="use 0 < head_share < 1"
             )
 
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where ``steps`` cannot be divided between head and adapter."""
+        self.head_steps(steps)
+
     def head_steps(self, steps: int) -> int:
         """Return how many of a round's ``steps`` train the head.
 

@@ -27,11 +27,12 @@ class FedRotLoRA(Method):
 
     With last round's averages A*, B* as reference, Q minimises ``||Q A_k - A*||_F`` in even rounds and
     ``||B_k Q^T - B*||_F`` in odd ones (orthogonal Procrustes: ``Q = U V^T`` of the SVD of ``A* A_k^T`` or
-    ``B*^T B_k``). Round 1 has no reference and turns nothing.
+    ``B*^T B_k``). Round 1 has no reference and turns nothing. Turning one side may misalign the other: where all A_k
+    are equal, FedIT's mean is exact and that of an odd round need not be.
 
     Args:
-        soft: how far to turn, in [0, 1]. Below 1, Q is the best proper rotation, and the orthogonal matrix nearest to
-            ``(1 - soft) I + soft Q`` is used; 0 is FedIT.
+        soft: how far to turn, in [0, 1]; 1, all the way, is what the authors configure. Below 1, Q is the best proper
+            rotation, and the orthogonal matrix nearest to ``(1 - soft) I + soft Q`` is used; 0 is FedIT.
 
     Differences from the paper: language tasks there, images here; a head beside the adapters, averaged; a fresh
     optimiser in every round. Reconstructed: which parity turns which side, and the form of soft turning (there is no
@@ -40,7 +41,7 @@ class FedRotLoRA(Method):
 
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"soft": ("choice", 0.5, 1.0)}
 
-    soft: float = 0.5
+    soft: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.soft <= 1.0:

@@ -16,7 +16,7 @@ from confrere.adapters.ranks import rank_of
 from confrere.errors import ConfigError
 from confrere.learner import Learner
 from confrere.method import one_of, register
-from confrere.methods.flexlora import FlexLoRA
+from confrere.methods.flexlora import FlexLoRA, filled
 from confrere.tensors import State, Tensors, pick, weighted_mean
 
 
@@ -34,7 +34,11 @@ class HetLoRA(FlexLoRA):
     ``gamma`` < 1 a site adds ``lam * mean over layers of ||B_k[:, c:]||_F ||A_k[c:]||_F`` to its loss, where
     ``c = floor(gamma r_k)``, and goes on with rank c for good once a round has made that tail smaller.
 
+    Zeros of a small site count in the mean, in A and in B: what only large sites learnt shrinks by the square of their
+    weight in every round, even at learning rate 0. ``rest = "keep"`` pads with the server's own factors instead.
+
     Args:
+        rest: what pads a small site's factors: ``drop`` (zeros, the paper) or ``keep`` (the server's own).
         weighting: ``norm`` (the paper's sparsity weights) or ``images`` (the sites' own weights).
         gamma: share of the rank that survives a pruning, in (0, 1]; 1 never prunes.
         lam: weight of the tail, >= 0; without effect at ``gamma`` 1.
@@ -53,6 +57,7 @@ class HetLoRA(FlexLoRA):
     least: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("method.weighting", self.weighting, ("norm", "images"))
         if not 0.0 < self.gamma <= 1.0:
             raise ConfigError(f"{self.gamma} is out of range", where="method.gamma", fix="use 0 < gamma <= 1")
@@ -77,11 +82,9 @@ class HetLoRA(FlexLoRA):
             if sum(sizes) > 0:  # before any B has moved all are zero
                 adapters = [(own, tensors) for own, (_, tensors) in zip(sizes, adapters, strict=True)]
         reach = max(rank_of(tensors) for _, tensors in adapters)
-        mean = weighted_mean([(weight, padded(tensors, reach)) for weight, tensors in adapters])
-        return {
-            n: torch.cat([t, before[n][reach:]]) if side_of(n) == "A" else torch.cat([t, before[n][:, reach:]], dim=1)
-            for n, t in mean.items()
-        }
+        keep = self.rest == "keep"
+        full = [(weight, filled(t, before) if keep else padded(t, reach)) for weight, t in adapters]
+        return filled(weighted_mean(full), before)
 
 
 def padded(adapter: Tensors, rank: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from confrere.adapters.algebra import Pair, average_products, cut, named, pairs
 from confrere.adapters.names import slot_of
 from confrere.method import Method, Reply, one_of, register
+from confrere.methods.flexlora import filled
 from confrere.tensors import State, Tensors, pick, weighted_mean
 
 
@@ -26,14 +27,15 @@ class SDFLoRA(Method):
 
     Stacked, the general pairs are one pair of product ``sum_k p_k B_k A_k``, exactly, whatever their ranks; its SVD
     gives the server's pair of the largest rank, sorted by singular value. A site takes its first directions: the best
-    fit of its own rank. Personal factors never leave.
+    fit of its own rank, and its part of the next stack is its pair beside the server's other directions: it did not
+    see them, so it does not vote them away. Personal factors never leave.
 
     Args:
         head: ``shared`` (averaged with the general adapter) or ``local`` (stays at the site).
 
     Differences from the paper: written from its abstract and summaries; joint steps, equal ranks of the two modules
-    and the head's place are our reconstruction. The paper's noise on the global module (differential privacy) is not
-    part of this class. Directions that a small site cuts off are missing from its part of the next mean.
+    the head's place and what becomes of directions beyond a site's rank are our reconstruction. The paper's noise on
+    the global module (differential privacy) is not part of this class.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("general", "personal")
@@ -70,7 +72,8 @@ class SDFLoRA(Method):
             return server
         old = pairs(server["shared"], "general")
         rank = max(len(a) for a, _ in old.values())
-        new = pairs(average_products(sent, "general", rank), "general")
+        whole = [(weight, filled(tensors, server["shared"])) for weight, tensors in sent]
+        new = pairs(average_products(whole, "general", rank), "general")
         general = named({layer: alive(pair, old[layer]) for layer, pair in new.items()}, "general")
         head = weighted_mean([(weight, pick(tensors, lambda name: slot_of(name) is None)) for weight, tensors in sent])
         return {**server, "shared": {**general, **head}}
