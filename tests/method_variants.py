@@ -39,7 +39,6 @@ VARIANTS |= {
     "apfl-global": make("apfl", {"alpha": 0.0, "alpha_lr": 1.0}),
     "fedprox-strong": make("fedprox", {"mu": 1.0}),
     "fedprox-zero": make("fedprox", {"mu": 0.0}),
-    "scaffold-half": make("scaffold", {"participation": 0.5}),
     "fedavgm-plain": make("fedavgm", {"server_lr": 1.0, "beta1": 0.0}),
     "fedadam-fast": make("fedadam", {"server_lr": 0.1, "beta1": 0.5, "beta2": 0.9, "tau": 0.01}),
     "fedamp-absolute": make("fedamp", {"relative": False, "sigma": 50.0, "compared": "all"}),

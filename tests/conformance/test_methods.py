@@ -14,6 +14,7 @@ from tiny_federation import SITES, backbone_of, initial_params, tiny_plan, tiny_
 
 from confrere import config
 from confrere.federation.loop import federate
+from confrere.federation.site import Site
 from confrere.federation.transport import Failure, InProcess
 from confrere.learner import predict
 from confrere.method import Method, Reply, Request
@@ -181,8 +182,11 @@ def test_equal_sites_stay_equal(method: Method) -> None:
     replies = [s.handle(Request(kind="train", round=1, state=received)) for s in (sites["a"], twin)]
     merged = method.aggregate(server, replies)
     alone = method.aggregate(server, replies[:1])
-    for name, value in flatten(merged).items():
-        torch.testing.assert_close(value, flatten(alone)[name], rtol=1e-4, atol=1e-6)
+    # What sites receive: the server itself may keep sums (of weights, say) rather than means.
+    for name in SITES:
+        right = flatten(method.broadcast(alone, name))
+        for tensor, value in flatten(method.broadcast(merged, name)).items():
+            torch.testing.assert_close(value, right[tensor], rtol=1e-4, atol=1e-6)
 
 
 @every
@@ -218,6 +222,46 @@ def test_a_method_that_needs_a_sum_gets_by_with_one(method: Method) -> None:
     left, right = flatten(method.aggregate(server, replies)), flatten(method.aggregate(server, [one]))
     for name in left:
         torch.testing.assert_close(left[name], right[name])
+
+
+class Patchy(InProcess):
+    """Site ``a`` gives no answer in round 3; notes what every other idle site holds before and after each exchange."""
+
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        super().__init__(sites)
+        self.answered: list[set[str]] = []
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        here = {n: r for n, r in requests.items() if (r.kind, r.round, n) != ("train", 3, "a")}
+        before = site_states(self._sites, 99)
+        replies = super().exchange(here)
+        busy = {n for n, r in here.items() if r.kind == "train"}
+        after = site_states(self._sites, 99)
+        assert {n: after[n] for n in SITES if n not in busy} == {n: before[n] for n in SITES if n not in busy}
+        self.answered += [{r.site for r in replies if isinstance(r, Reply)}] if busy else []
+        return [*replies, *(Failure(n, "no answer") for n in requests.keys() - here.keys())]
+
+
+@every
+def test_absent_and_unsampled_sites_do_no_harm(method: Method, tmp_path: Path) -> None:
+    """Two of three sites a round, of unequal weights; a is absent in round 3, c returns after two rounds."""
+    if method.pools:
+        pytest.skip("the pooled control has one training site")
+    sites = tiny_sites(method, rounds=4)
+    for site, weight in zip(sites.values(), (1.0, 5.0, 2.5), strict=True):
+        site.weight = weight
+    transport = Patchy(sites)
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
+    plan = tiny_plan(method, rounds=4, fraction=0.67, every=4)
+    final = federate(method, server, transport, plan, Run(tmp_path))
+    assert transport.answered == [{"a", "c"}, {"a", "b"}, {"b"}, {"b", "c"}]
+    assert all(bool(torch.isfinite(value).all()) for value in flatten(final).values())
+    for name, site in sites.items():
+        received = method.broadcast(final, name)
+        for model in ("personalised", "general") if method.has_general() else ("personalised",):
+            reply = site.handle(Request(kind="evaluate", round=4, state=received, model=model))  # type: ignore[arg-type]
+            assert 0.0 <= reply.metrics["score"] <= 1.0
+            assert 0.0 <= reply.metrics["confidence"] <= 1.0  # false for NaN
 
 
 @every

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_federation import SITES, backbone_of, initial_params, tiny_learner, tiny_run, tiny_sites
+from tiny_federation import backbone_of, initial_params, tiny_learner, tiny_plan, tiny_run, tiny_sites
 
 from confrere.errors import ConfigError
+from confrere.federation.loop import federate
+from confrere.federation.transport import Failure, InProcess
 from confrere.learner import Learner
 from confrere.method import Method, Reply, Request, make
 from confrere.methods.apfl import mixture
 from confrere.methods.ditto import divide
+from confrere.record.run import Run
 from confrere.seeds import torch_generator
 from confrere.tensors import State, Tensors, dot, sq_dist, sub
 
@@ -191,15 +196,37 @@ def test_only_the_stated_method_trains_from_its_own_head() -> None:
     assert released.personal({"shared": averaged}, {})["head.weight"] == 0
 
 
-def test_flop_heads_survive_a_round_without_the_site(tmp_path: Path) -> None:
-    method = make("flop")
-    _, sites = tiny_run(method, tmp_path, rounds=2)
-    received = {"shared": {}}
-    kept = sites["a"].params(Request(kind="evaluate", round=2, state=received))
-    later = sites["a"].params(Request(kind="evaluate", round=9, state=received))
-    assert torch.equal(kept["head.weight"], later["head.weight"])
-    heads = [sites[s].params(Request(kind="evaluate", round=2, state=received))["head.weight"] for s in SITES]
-    assert not torch.equal(heads[0], heads[1])
+class WithoutA(InProcess):
+    """Site ``a`` does not train in round 3."""
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        here = {n: r for n, r in requests.items() if (n, r.kind, r.round) != ("a", "train", 3)}
+        return [*super().exchange(here), *(Failure(n, "no answer") for n in requests.keys() - here.keys())]
+
+
+def test_flop_heads_survive_a_round_without_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round 3 runs without a; in round 4 it trains from the head of its round 2, in the adapter of round 3."""
+    began: dict[tuple[int, str], Tensors] = {}
+    ended: dict[tuple[int, str], Tensors] = {}
+    fit = Learner.fit
+
+    def watched(self: Learner, params: Tensors, **options: Any) -> dict[str, torch.Tensor]:
+        began[self.round, self.site] = {n: t.clone() for n, t in params.items()}
+        ended[self.round, self.site] = fit(self, params, **options)
+        return dict(ended[self.round, self.site])
+
+    monkeypatch.setattr(Learner, "fit", watched)
+    method, run = make("flop"), Run(tmp_path)
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
+    federate(method, server, WithoutA(tiny_sites(method, rounds=4)), tiny_plan(method, rounds=4), run)
+    assert [k for k in sorted(began) if k[1] == "a"] == [(1, "a"), (2, "a"), (4, "a")]
+    for part in ("head.weight", "head.bias"):
+        assert torch.equal(began[4, "a"][part], ended[2, "a"][part])
+        assert torch.equal(began[4, "b"][part], ended[3, "b"][part])
+        others = [began[1, "a"], ended[1, "a"], ended[2, "b"], ended[3, "b"], ended[3, "c"]]
+        assert not any(torch.equal(began[4, "a"][part], other[part]) for other in others)
+    received = run.server(3)["shared"]
+    assert all(torch.equal(began[4, "a"][name], value) for name, value in received.items())
 
 
 @pytest.mark.parametrize("name", ["ditto", "apfl", "flop-released"])

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from confrere.errors import ConfigError
 from confrere.learner import Learner
 from confrere.method import Method, Reply, register
-from confrere.tensors import State, Tensors, sub, weighted_mean
+from confrere.tensors import State, Tensors, pick, sub, weighted_mean
+
+FIRST = "first"
 
 
 @register(
@@ -25,61 +26,76 @@ class Scaffold(Method):
     """Correct every local gradient by ``c - c_k``: the mean drift of all sites minus the site's own.
 
     Site k steps along ``g + c - c_k``. Then ``c_k+`` is the mean of the raw gradients g along its path. For SGD of rate
-    eta over K steps that is option II of the paper: ``c_k+ = c_k - c + (x - y_k) / (K eta)``. The site sends its new
-    tensors and ``c_k+ - c_k``; the server adds ``participation`` times the weighted mean of the latter to c.
+    eta over K steps that is option II of the paper: ``c_k+ = c_k - c + (x - y_k) / (K eta)``.
 
-    Args:
-        participation: sites in a round over all sites, in (0, 1]: the paper's ``|S|/N``. The server hears only of
-            the sites that answer, so it must be told: use the value of ``federation.fraction``.
+    The server holds ``c = sum_k W_k c_k / sum_k W_k`` over all sites heard so far, whoever answers. It needs sums only:
+    a site sends ``c_k+ - c_k`` and a number that is 1 the first time, else 0. Their weighted sums over a round are
+    added to numerator and denominator. A round may be discarded, so c_k is the gradient of the site's last reply that
+    counted: the server says which rounds did.
+
+    The head has no variate. It starts at zero, so its bias' first raw gradient would be 1/K minus the class shares.
 
     Differences from the paper: the optimiser is AdamW, not SGD. The correction enters the gradient before its norm
     is clipped and its moments are taken, so option II's formula would not give the mean gradient; we accumulate it.
-    Means are weighted as the sites are (``federation.weights``), in c as in x; the paper's are uniform. The server's
-    learning rate is 1. A site that did not answer keeps its c_k; one that is new starts at zero.
+    Means are weighted as the sites are (``federation.weights``), in c as in x; the paper's are uniform. c spans the
+    sites heard so far, and one that is new trains its first round without correction; in the paper both start at
+    zero. The server's learning rate is 1. The head is averaged without correction.
     """
 
     sends: ClassVar[tuple[str, ...]] = ("shared", "control")
     also_sends: ClassVar[tuple[str, ...]] = ("change of the control variate",)
 
-    participation: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.participation <= 1.0:
-            raise ConfigError(
-                f"{self.participation} is out of range",
-                where="method.participation",
-                fix="use the value of federation.fraction, in (0, 1]",
-            )
-
     def init_server(self, params: Tensors) -> State:
-        """Return the shared tensors and c = 0."""
+        """Return the shared tensors, both sums of c at zero, and round 0 as the only one that counted."""
         state = super().init_server(params)
-        return {**state, "control": _zeros(state["shared"])}
+        total = {name: torch.zeros_like(value) for name, value in state["shared"].items() if _controlled(name)}
+        heard = {"weight": torch.zeros((), dtype=torch.float64), "rounds": torch.zeros(1, dtype=torch.int64)}
+        return {**state, "total": total, "heard": heard}
 
     def broadcast(self, server: State, site: str) -> State:
-        """Return the shared tensors and c."""
-        return {"shared": server["shared"], "control": server["control"]}
+        """Return the shared tensors, c, and the rounds that counted."""
+        weight = float(server["heard"]["weight"]) or 1.0
+        control = {name: value / weight for name, value in server["total"].items()}
+        return {"shared": server["shared"], "control": control, "heard": {"rounds": server["heard"]["rounds"]}}
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
-        """Train with the correction; send the tensors and the change of c_k, keep c_k."""
-        mine = state.get("control") or _zeros(received["control"])
+        """Train with the correction; send the tensors and the change of c_k, keep c_k and this round's gradient."""
+        control, settled = received["control"], _settled(received, state)
         gradient: dict[str, Tensor] = {}
         fitted = learner.fit(
-            self.personal(received, state), correct=sub(received["control"], mine), mean_gradient=gradient
+            self.personal(received, state),
+            correct=sub(control, settled) if settled else None,
+            mean_gradient=gradient,
         )
         payload, kept = self.split(fitted)
-        return {**payload, "control": sub(gradient, mine)}, {**kept, "control": gradient}
+        newest = pick(gradient, _controlled)
+        change = sub(newest, settled) if settled else newest
+        change = {**change, FIRST: torch.tensor(0.0 if settled else 1.0, dtype=torch.float64)}
+        kept = {**kept, "control": newest, "settled": settled, "asked": {"round": torch.tensor([learner.round])}}
+        return {**payload, "control": change}, kept
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
-        """Average the tensors; move c by the sites' mean change, as far as they stand for all sites."""
+        """Average the tensors; add the sites' changes and the weight of those that are new to the sums of c."""
         averaged = super().aggregate(server, replies)
-        sent = [(reply.weight, reply.state["control"]) for reply in replies if reply.state.get("control")]
+        sent = [reply for reply in replies if reply.state.get("control")]
         if not sent:
             return averaged
-        change = weighted_mean(sent)
-        moved = {name: c + self.participation * change[name] for name, c in server["control"].items()}
-        return {**averaged, "control": moved}
+        weight = sum(reply.weight for reply in sent)
+        mean = weighted_mean((reply.weight, reply.state["control"]) for reply in sent)
+        total = {name: value + weight * mean[name] for name, value in server["total"].items()}
+        heard = {
+            "weight": server["heard"]["weight"] + weight * mean[FIRST],
+            "rounds": torch.cat([server["heard"]["rounds"], torch.tensor([sent[0].round])]),
+        }
+        return {**averaged, "total": total, "heard": heard}
 
 
-def _zeros(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) for name, value in tensors.items()}
+def _controlled(name: str) -> bool:
+    return not name.startswith("head.")
+
+
+def _settled(received: State, state: State) -> Tensors:
+    """Return c_k as the server has it: that of this site's last reply that counted; empty before the first."""
+    if "asked" in state and bool((received["heard"]["rounds"] == state["asked"]["round"]).any()):
+        return state["control"]
+    return state.get("settled", {})

@@ -38,9 +38,9 @@ class Tiers(Method):
         return "each"
 
     def broadcast(self, server: State, site: str) -> State:
-        """Return the shared model and what replaces its parts within the site's group."""
+        """Return the shared model and what replaces its parts within the site's group, once that has sent anything."""
         member = server.get("members", {}).get(site)
-        group = {} if member is None else server[f"{CLUSTER}{int(member)}"]
+        group = {} if member is None else server.get(f"{CLUSTER}{int(member)}", {})
         return {"shared": server["shared"], **({"group": group} if group else {})}
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
