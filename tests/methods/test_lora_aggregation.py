@@ -43,12 +43,6 @@ from confrere.methods.hetlora import tail
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors, digest, n_bytes, pick
 
-VARIANTS = {
-    "flexlora-keep": make("flexlora", {"rest": "keep"}),
-    "hetlora-keep": make("hetlora", {"rest": "keep"}),
-    "hetlora-keep-prune": make("hetlora", {"rest": "keep", "gamma": 0.75, "lam": 0.1}),
-    "fedrot-lora-soft": make("fedrot-lora", {"soft": 0.5}),
-}
 UNEQUAL = ("flexlora", "flora", "hetlora")
 RANKS = {"a": 2, "b": 4, "c": 6}
 

@@ -59,6 +59,15 @@ class PF2LoRA(Method):
         if not 0.0 < self.client <= 1.0:
             raise ConfigError(f"{self.client} is out of range", where="method.client", fix="use 0 < client <= 1")
 
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where a round is too short for a step on the common adapter."""
+        if steps <= self.lower:
+            raise ConfigError(
+                f"{steps} steps a round leave the common adapter none",
+                where="method.lower",
+                fix=f"use train.steps={self.lower + 1} or fewer lower steps",
+            )
+
     def shared(self, name: str) -> bool:
         """Return whether a tensor is sent: the common adapter is, the client's never, the head by policy."""
         return self.head == "shared" if name.startswith("head.") else slot_of(name) == "general"
@@ -70,17 +79,8 @@ class PF2LoRA(Method):
         return {"private": cut(private, max(1, round(self.client * full)))}
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
-        """Take every step on one of the levels.
-
-        Raises:
-            ConfigError: a round is too short for a step on the common adapter.
-        """
-        if learner.settings.steps <= self.lower:
-            raise ConfigError(
-                f"{learner.settings.steps} steps a round leave the common adapter none",
-                where="method.lower",
-                fix=f"use train.steps={self.lower + 1} or fewer lower steps",
-            )
+        """Take every step on one of the levels."""
+        self.check(learner.settings.steps, learner.rounds)
         fitted = learner.fit(self.personal(received, state), loss=self.alternating(learner))
         private = {n: t for n, t in fitted.items() if not self.shared(n)}
         return {"shared": {n: t for n, t in fitted.items() if self.shared(n)}}, {"private": private}
