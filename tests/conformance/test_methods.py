@@ -193,7 +193,9 @@ def test_zero_learning_rate_is_a_fixed_point(method: Method, tmp_path: Path) -> 
         untrained = method.personal(method.broadcast(start, name), method.init_site(sites[name].initial()))
         trained = sites[name].params(Request(kind="evaluate", round=3, state=method.broadcast(final, name)))
         rows = sites[name].data.rows("test")
-        left, right = (predict(backbone, p, sites[name].data, rows, scores=method.scores) for p in (untrained, trained))
+        left, right = (
+            predict(backbone, p, sites[name].data, rows, scores=method.scores).softmax(1) for p in (untrained, trained)
+        )
         torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
 
 
