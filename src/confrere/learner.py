@@ -190,17 +190,27 @@ class Learner:
 
     @torch.no_grad()
     def mean_loss(self, params: Tensors, split: str, *, limit: int | None = None) -> float:
-        """Return the mean task loss over a split, without dropout; NaN for an empty one."""
-        with self.backbone.dropout(None):
-            sums = [
-                (float(self.loss(params, b)) * len(b.labels), len(b.labels)) for b in self.sweep(split, limit=limit)
-            ]
-        return sum(v for v, _ in sums) / sum(n for _, n in sums) if sums else math.nan
+        """Return the mean task loss over a split, without dropout; NaN for an empty one.
 
-    def _objective(self) -> Objective:
-        if self.settings.balance != "weights":
+        It is the loss that training minimises: unless ``balance`` is ``none``, all classes of these images count the
+        same, whether batches are drawn so or weighted so.
+        """
+        rows = self.data.rows(split)[:limit]
+        if not len(rows):
+            return math.nan
+        loss, total = self._objective(rows), 0.0
+        with self.backbone.dropout(None):
+            for batch in self.sweep(split, limit=limit):
+                total += float(loss(self.backbone.logits(params, batch.tokens), batch.labels)) * len(batch.labels)
+        return total / len(rows)
+
+    def _objective(self, rows: np.ndarray | None = None) -> Objective:
+        """Return the loss of a training batch, or that whose mean over ``rows`` is what training minimises."""
+        weighted = ("weights",) if rows is None else ("weights", "sampling")
+        if self.settings.balance not in weighted:
             return objective(self.settings.loss)
-        counts = np.bincount(self.data.labels[self.data.rows("train")], minlength=len(self.data.classes))
+        rows = self.data.rows("train") if rows is None else rows
+        counts = np.bincount(self.data.labels[rows], minlength=len(self.data.classes))
         name = "weighted-cross-entropy" if self.settings.loss == "cross-entropy" else self.settings.loss
         return objective(name, class_weights(counts.tolist()).to(self.backbone.device))
 

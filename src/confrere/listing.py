@@ -87,7 +87,7 @@ def describe_method(method: Method) -> dict[str, Any]:
         "needs": method.needs,
         "unequal_ranks": method.unequal,
         "sends": ["all images and labels"] if method.pools else [*sent, *method.also_sends],
-        "keeps": [*kept, *method.also_keeps],
+        "keeps": [*(kept if method.keeps is None else method.keeps), *method.also_keeps],
     }
 
 

@@ -78,6 +78,8 @@ class Method:
     """What leaves a site besides what :meth:`shared` says, in words for reports."""
     also_keeps: ClassVar[tuple[str, ...]] = ()
     """What stays at a site besides the slots that are not shared, in words for reports."""
+    keeps: ClassVar[tuple[str, ...] | None] = None
+    """All that stays at a site, in words, where :meth:`shared` cannot tell: instead of what it says stays."""
     closed_form: ClassVar[bool] = False
     """True for a method that solves instead of taking steps: no learning rate reaches it."""
     pools: ClassVar[bool] = False

@@ -19,7 +19,7 @@ from confrere.config import read
 from confrere.data.decode import BadImageError, decode
 from confrere.data.options import DataOptions
 from confrere.errors import DataError, RunError
-from confrere.method import make
+from confrere.method import Method, make
 from confrere.record.files import read_json, write_bytes
 from confrere.tensors import Tensors
 
@@ -71,9 +71,14 @@ class Predictor:
         return np.asarray((logits / self.info["temperature"]).softmax(1))
 
     def overlay(self, image: np.ndarray) -> bytes:
-        """Return a PNG of one decoded image (H, W, 3) beside where the model looks."""
+        """Return a PNG of one decoded image (H, W, 3) beside where the model looks.
+
+        Raises:
+            RunError: the method predicts by more than one pass, and a map of one would show another model.
+        """
         from PIL import Image
 
+        self.refuse_overlays()
         with torch.no_grad():
             looks = self.backbone.attention(self.params, self.backbone.prefix(image[None]))[0]
         heat = torch.nn.functional.interpolate(looks[None, None], size=image.shape[:2], mode="bilinear")[0, 0].numpy()
@@ -86,6 +91,15 @@ class Predictor:
         pair = Image.fromarray(np.concatenate([image, mixed], axis=1))
         pair.resize((pair.width * scale, pair.height * scale), Image.Resampling.BICUBIC).save(buffer, format="PNG")
         return buffer.getvalue()
+
+    def refuse_overlays(self) -> None:
+        """Raise RunError unless what predicts is one pass of one model, which a map can show."""
+        if not (type(self.method).scores is Method.scores or self.method.additive()):
+            raise RunError(
+                f"{self.method.name} weighs several passes or adapters for each image: no map shows what it looks at",
+                where="overlays",
+                fix="predict without --overlay",
+            )
 
 
 def _head(path: Path) -> Tensors:
@@ -115,9 +129,11 @@ def predict_folder(
     Returns the number of rows and one line per file that could not be read; such files are left out.
 
     Raises:
-        DataError: no image could be read. RunError: the site has no adapters.
+        DataError: no image could be read. RunError: the site has no adapters, or its method no overlays.
     """
     predictor = Predictor(run, site)
+    if overlays:
+        predictor.refuse_overlays()
     if predictor.backbone.anatomy.accept is not None:
         raise DataError(
             "the model reads rows of numbers, which `confrere predict` cannot",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from confrere.errors import ConfigError
 from confrere.federation.loop import Plan, federate
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess
-from confrere.learner import TrainSettings
+from confrere.learner import Learner, TrainSettings
+from confrere.listing import describe_method
 from confrere.method import Method, Reply, Request, make
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore
@@ -87,19 +89,22 @@ def test_orthogonality_is_of_rows_and_not_of_columns() -> None:
 
 
 def test_the_layer_is_the_gated_sum_of_both_copies() -> None:
-    """By hand, y = W x + s [beta B (P' A x + q') + (1 - beta) B (P A x + q)], beta = sigmoid((g0 - g1) . x)."""
-    layer = "h.0.q"
+    """By hand, y = W x + s [beta B (P' A x + q') + (1 - beta) B (P A x + q)], beta = sigmoid((g1 - g0) . x).
+
+    The gate's first row is that of what is trained, the second that of the fixed copy.
+    """
+    layer, method = "h.0.q", make("fedmosaic")
     a, b = fixed(2, 5, 6)
     others = {colora.p_name("0.q"): normal(2, 2, seed=1), colora.q_name("0.q"): normal(2, seed=2)}
     own = {colora.p_name("0.q"): normal(2, 2, seed=3), colora.q_name("0.q"): normal(2, seed=4)}
     gate = normal(2, 5, seed=5)
     kept = {tensor_name(layer, "A", "personal"): a, tensor_name(layer, "B", "personal"): b, gate_name(layer): gate}
     made = colora.assemble(others, own, kept)
-    module = LoraLinear(nn.Linear(5, 6), ("general", "personal"), 2.0, 0.0, gated=True, shifted=True)
+    module = LoraLinear(nn.Linear(5, 6), (*method.slots, *method.fixed), 2.0, 0.0, gated=True, shifted=True)
     given = {name.removeprefix(f"{layer}."): value for name, value in made.items()}
     x = normal(3, 5)
     found = torch.func.functional_call(module, given, (x,)).detach().numpy()
-    beta = 1 / (1 + np.exp(-(x @ (gate[0] - gate[1])).numpy()))[:, None]
+    beta = 1 / (1 + np.exp(-(x @ (gate[1] - gate[0])).numpy()))[:, None]
     copies = [(m[colora.p_name("0.q")] @ a @ x.T).T + m[colora.q_name("0.q")] for m in (others, own)]
     g, k = ((copy @ b.T).numpy() for copy in copies)
     np.testing.assert_allclose(
@@ -235,6 +240,63 @@ def test_a_site_trains_p_and_never_the_factors() -> None:
     assert all(torch.equal(other[n], v) for n, v in before["private"].items() if slot_of(n))  # bit for bit
 
 
+def test_what_is_trained_has_the_whole_rank_and_the_received_copy_is_always_given() -> None:
+    """The trap: a rank divided among two copies, of which one is frozen, trains a quarter of P's entries."""
+    method, backbone = make("fedmosaic"), backbone_of(make("fedmosaic"))
+    params = initial_params(backbone, method, "a", rank=4)
+    assert {slot_of(name) for name in params} == {None, "personal"}
+    server, state = method.init_server(initial_params(backbone, method, "", rank=4)), method.init_site(params)
+    assert {tuple(v.shape) for n, v in server["shared"].items() if n.endswith("lora_P.weight")} == {(4, 4)}
+    gates = [value for name, value in state["private"].items() if name.endswith("lora_gate.weight")]
+    assert gates
+    assert {len(gate) for gate in gates} == {2}
+    for received in ({}, {"shared": {}}, method.broadcast(server, "a")):
+        copy = pairs(method.personal(received, state), "general")
+        assert set(copy) == set(backbone.layers)
+        assert {len(a) for a, _ in copy.values()} == {4}
+
+
+def test_a_site_whose_reply_was_lost_predicts_with_what_it_trained_and_goes_on_from_there() -> None:
+    """Gates and head of round 2 belong to P and q of round 2, also when the server has those of round 1 only."""
+    method = make("fedmosaic")
+    site, server = tiny_sites(method)["a"], method.init_server(initial_params(backbone_of(method), method, ""))
+    first = site.handle(Request(kind="train", round=1, state=method.broadcast(server, "a")))
+    server = method.aggregate(server, [first])
+    received = method.broadcast(server, "a")
+    lost = site.handle(Request(kind="train", round=2, state=received)).state["shared"]
+    assert any(not torch.equal(lost[name], received["own"][name]) for name in lost)
+    kept = site.store.before(3)
+    assert kept is not None
+    params = site.params(Request(kind="evaluate", round=2, state=received))
+    expected = colora.assemble(received["shared"], lost, kept["private"])
+    assert all(torch.equal(params[name], value) for name, value in expected.items())
+    idle = replace(tiny_learner(method, "a"), settings=TrainSettings(steps=1, batch_size=6, lr=0.0))
+    sent, _ = method.update(idle, received, kept)
+    assert all(torch.equal(sent["shared"][name], value) for name, value in lost.items())
+    # A site that lost its own copy gets that of the server.
+    params = method.personal(received, {"private": kept["private"]})
+    expected = colora.assemble(received["shared"], received["own"], kept["private"])
+    assert all(torch.equal(params[name], value) for name, value in expected.items())
+
+
+def test_lists_say_that_plain_adapters_leave_and_only_gates_and_head_stay() -> None:
+    """Six blocks, two of them without P and q, whose adapters the server gets; what is never sent is said to stay."""
+    method, backbone = make("fedmosaic"), network(6, 16)
+    said = describe_method(method)
+    assert said["sends"] == ["P and q", "own adapters of other blocks", "gradient of a frozen probe"]
+    assert said["keeps"] == ["gates", "head", "copy of what it last sent, to predict with"]
+    settings = TrainSettings(steps=4, batch_size=6)
+    data = tiny_data(backbone, "a")
+    learner = Learner(backbone=backbone, data=data, settings=settings, seed=0, site="a", round=1, rounds=1)
+    before = method.init_site(initial_params(backbone, method, "a"))
+    received = method.broadcast(method.init_server(initial_params(backbone, method, "")), "a")
+    sent, after = method.update(learner, received, before)
+    assert {name.split(".")[1] for name in sent["shared"] if slot_of(name) == "personal"} == {"3", "4"}
+    changed = {n for n, v in after["private"].items() if not torch.equal(v, before["private"][n])}
+    assert {"head" if n.startswith("head.") else n.split(".")[-2] for n in changed} == {"head", "lora_gate"}
+    assert set(after["shared"]) == set(sent["shared"])
+
+
 @functools.cache
 def network(blocks: int, width: int) -> Backbone:
     """Return a random vision transformer, all of whose blocks are adapted."""
@@ -244,7 +306,7 @@ def network(blocks: int, width: int) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(blocks)
         model = ViTModel(config, add_pooling_layer=False)
-    spec = LoraSpec(slots=method.slots, blocks=blocks, gated=True, shifted=True)
+    spec = LoraSpec(slots=(*method.slots, *method.fixed), blocks=blocks, gated=True, shifted=True)
     loaded = Loaded(anatomy.of_transformers(model, (32, 32)), REGISTRY["test-vit"], f"{blocks}x{width}")
     return _build(loaded, spec, None, (32, 32), "cpu", "fp32")
 

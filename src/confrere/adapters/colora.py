@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -73,8 +73,8 @@ def fixed_factors(a: Tensor, b: Tensor, place: str) -> tuple[Tensor, Tensor]:
 
 
 def fix(params: Tensors) -> dict[str, Tensor]:
-    """Return ``params`` without the slot ``general``, with fixed factors in the layers that carry P and q."""
-    kept = {name: value for name, value in params.items() if slot_of(name) != "general" and ".lora_shift." not in name}
+    """Return ``params`` without shifts (q is one), with fixed factors in the layers that carry P and q."""
+    kept = {name: value for name, value in params.items() if ".lora_shift." not in name}
     factors = pairs(kept, "personal")
     for layer, place in places(factors).items():
         names = (tensor_name(layer, "A", "personal"), tensor_name(layer, "B", "personal"))
@@ -132,6 +132,12 @@ def probe_gradient(features: Tensor, labels: Tensor, classes: int, keep: float =
         scores = torch.nn.functional.gelu(features.detach() @ v1.requires_grad_().T) @ v2.T
         (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, labels), [v1])
     return gradient[: math.ceil(keep * HIDDEN)].detach()
+
+
+def blurred(gradients: Sequence[Tensor], noise: float, draw: torch.Generator) -> Tensor:
+    """Return the mean of gradients of one shape, plus normal noise of standard deviation ``noise``."""
+    mean = torch.stack(list(gradients)).mean(0)
+    return mean + noise * torch.randn(mean.shape, generator=draw)
 
 
 def similarity(left: Tensor, right: Tensor, how: str) -> float:

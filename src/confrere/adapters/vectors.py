@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from confrere.adapters import head
-from confrere.adapters.algebra import concat, named, pairs
+from confrere.adapters.algebra import Pair, concat, named, pairs, refactor
 from confrere.adapters.names import side_of
 from confrere.tensors import Tensors
 
@@ -26,10 +26,19 @@ def shares(kind: str, sizes: Sequence[float]) -> list[float]:
     return [size / sum(sizes) for size in sizes] if kind == "images" else [1 / len(sizes)] * len(sizes)
 
 
+def mixed(adapters: Sequence[Tensors], coefficients: Sequence[float], slot: str = "general") -> dict[str, Pair]:
+    """Return pairs by layer of product ``sum_m c_m B_m A_m``, exactly; ranks add up.
+
+    They are factored anew: side by side, who receives them could cut out each model's own rows and columns.
+    """
+    factors = [pairs(adapter, slot) for adapter in adapters]
+    beside = {layer: concat([f[layer] for f in factors], coefficients) for layer in factors[0]}
+    return {layer: refactor(pair, len(pair[0])) for layer, pair in beside.items()}
+
+
 def fuse(models: Sequence[Tensors], coefficients: Sequence[float], slot: str = "general") -> dict[str, Tensor]:
-    """Return the model whose products and head are the sum of ``c_m`` times the models', exactly; ranks add up."""
-    factors = [pairs(model, slot) for model in models]
-    merged = named({layer: concat([f[layer] for f in factors], coefficients) for layer in factors[0]}, slot)
+    """Return the model whose products (see :func:`mixed`) and head are the sum of ``c_m`` times the models'."""
+    merged = named(mixed(models, coefficients, slot), slot)
     weights = torch.tensor(coefficients, dtype=torch.float64)
     for name in head.NAMES:
         stacked = torch.stack([model[name].double() for model in models])
@@ -43,14 +52,17 @@ def times(model: Tensors, factor: float) -> dict[str, Tensor]:
 
 
 def stack(models: Sequence[Tensors], slot: str = "general") -> dict[str, Tensor]:
-    """Return :func:`fuse` with coefficients 1 and beside it what :func:`members` needs to take it apart.
+    """Return all models' factors side by side, the sum of the heads, and what :func:`members` takes them apart by.
 
     These are ``members.ranks`` (M,), ``members.weights`` (M, K, F) and ``members.biases`` (M, K).
     """
-    ranks = [len(next(iter(pairs(model, slot).values()))[0]) for model in models]
+    factors = [pairs(model, slot) for model in models]
+    beside = named({layer: concat([f[layer] for f in factors]) for layer in factors[0]}, slot)
     heads = {WEIGHTS: head.WEIGHT, BIASES: head.BIAS}
     apart = {name: torch.stack([model[of] for model in models]) for name, of in heads.items()}
-    return {**fuse(models, [1.0] * len(models), slot), **apart, RANKS: torch.tensor(ranks)}
+    sums = {of: apart[name].sum(0) for name, of in heads.items()}
+    ranks = [len(next(iter(f.values()))[0]) for f in factors]
+    return {**beside, **sums, **apart, RANKS: torch.tensor(ranks)}
 
 
 def members(stacked: Tensors) -> Iterator[dict[str, Tensor]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from confrere.adapters.names import slot_of
@@ -22,9 +23,9 @@ class Attentive(Method):
     """Keep each site's model w_i on the server and send site i the message ``u_i = sum_j a_ij w_j``.
 
     The site trains from ``u_i`` with the term ``pull/2 ||w - u_i||^2`` and predicts with its trained ``w_i``, of
-    which it keeps a copy (under the name of what was sent: it is no secret). The weighted mean of a round's models is
-    sent, too: with it a site starts, and an unseen one predicts. So a site receives two models a round. Not
-    registered: a base class.
+    which it keeps a copy (under the name of what was sent: it is no secret). The weighted mean of all kept models,
+    also of sites that missed this round, is sent, too: with it a site starts, and an unseen one predicts. So a site
+    receives two models a round. Not registered: a base class.
     """
 
     also_keeps: ClassVar[tuple[str, ...]] = ("copy of the model it last sent, to predict with",)
@@ -65,9 +66,15 @@ class Attentive(Method):
         return {"shared": fitted}, {"shared": fitted}
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
-        """Keep every site's model, and their weighted mean."""
-        kept = {KEPT + reply.site: reply.state["shared"] for reply in replies if reply.state.get("shared")}
-        return {**super().aggregate(server, replies), **kept}
+        """Keep every site's model and weight, and the weighted mean of all that are kept."""
+        came = [reply for reply in replies if reply.state.get("shared")]
+        if not came:
+            return server
+        new = {**server, **{KEPT + reply.site: reply.state["shared"] for reply in came}}
+        sizes = {reply.site: torch.tensor(reply.weight, dtype=torch.float64) for reply in came}
+        new["weights"] = {**server.get("weights", {}), **sizes}
+        mean = weighted_mean([(float(size), new[KEPT + site]) for site, size in sorted(new["weights"].items())])
+        return {**new, "shared": mean}
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return the model as the site last trained it, or the mean model before that."""

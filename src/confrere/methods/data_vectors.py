@@ -31,18 +31,17 @@ class DataVectors(Ensemble):
     """``theta = theta_pre + sum_j c_j tau_j`` with ``tau_j = theta_j - theta_pre`` of site j, which trained alone.
 
     Sites start from one adapter of product zero and a head of zero: tau_j is ``s B_j A_j`` of every layer, and head.
-    Sums are exact: factors are put side by side, so the mixture has all sites' ranks together. The server keeps
-    every site's newest vector, whenever it came.
+    Sums are exact: the mixture has all sites' ranks together, factored anew so that no site's part can be cut out
+    (``ensemble`` keeps them apart and sends them all to all). The server keeps every site's newest vector.
 
     Args:
         coefficients: ``sum`` (1 each), ``mean`` (1/K), ``images`` (n_j/n) or ``tuned``: the factor of ``GRID`` on the
-            mean vector that has the least loss on the sites' validation images, found in the last round instead of
-            training; only losses are sent.
+            mean vector of least validation loss, found in the last round instead of training; only losses are sent.
         predicts: ``fused``, the ``ensemble`` of the sites' models (mean of probabilities) or the site's ``own`` model.
         when: a vector is sent in the ``last`` training round, once, or in ``every`` one (for sites not always asked).
 
-    Differences from the paper: adapters instead of networks. Layer norms keep no statistics, so the paper's restoration
-    of them has no object here: nothing rescues a sum too large. Before any vector came, sites use their own model.
+    Differences from the paper: adapters instead of networks; layer norms keep no statistics to restore, so nothing
+    rescues a sum too large. Before any vector came, sites use their own model.
     """
 
     sends: ClassVar[tuple[str, ...]] = ("shared", "scores")
@@ -61,17 +60,22 @@ class DataVectors(Ensemble):
         if self.predicts == "ensemble" and self.coefficients == "tuned":
             raise ConfigError("an ensemble has no coefficients", where="method.coefficients", fix="use mean")
 
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where no round is left to tune in."""
+        if self.coefficients == "tuned" and rounds < 2:
+            raise ConfigError("tuning takes a round after training", where="rounds", fix="use rounds=2")
+
     def trained(self, rounds: int) -> int:
         """Return the last round in which sites train."""
         return max(1, rounds - 1) if self.coefficients == "tuned" else rounds
 
     def may_stop(self, round_: int, rounds: int) -> bool:
-        """Return whether vectors have been fused."""
-        return self.when == "every" or round_ >= self.trained(rounds)
+        """Return whether vectors have been fused, and the factor tuned."""
+        return round_ == rounds or (self.when == "every" and self.coefficients != "tuned")
 
     def broadcast(self, server: State, site: str) -> State:
         """Return nothing before a vector has come, then the mixture."""
-        return {"shared": server["shared"]} if "weights" in server else {}
+        return {"shared": server["shared"]} if "images" in server else {}
 
     def init_site(self, params: Tensors) -> State:
         """Return the common start, from which the site goes on alone."""
@@ -100,21 +104,16 @@ class DataVectors(Ensemble):
         scores = [(r.weight, r.state["scores"]) for r in replies if r.state.get("scores")]
         if not came and not scores:
             return server
-        sizes = {site: torch.tensor(reply.weight, dtype=torch.float64) for site, reply in came.items()}
+        # Not the weights of the sites, which are 1 with federation.weights="equal".
+        sizes = {site: torch.tensor(reply.metrics["examples"]).double() for site, reply in came.items()}
         kept = {KEPT + site: reply.state["shared"] for site, reply in came.items()}
-        new = {**server, **kept, "weights": {**server.get("weights", {}), **sizes}}
+        new = {**server, **kept, "images": {**server.get("images", {}), **sizes}}
         factor = GRID[int(weighted_mean(scores)["loss"].argmin())] if scores else 1.0
         return {**new, "shared": self.mixture(new, factor)}
 
     def mixture(self, server: State, factor: float = 1.0) -> dict[str, Tensor]:
         """Return the combination of all kept vectors, times ``factor``; for an ensemble, all of them side by side."""
-        models = [server[KEPT + site] for site in sorted(server["weights"])]
-        if self.predicts == "ensemble":
-            return stack(models)
-        sizes = [float(size) for _, size in sorted(server["weights"].items())]
-        return fuse(models, [factor * c for c in shares(self.coefficients, sizes)])
-
-    def personal(self, received: State, state: State) -> Tensors:
-        """Return the mixture, or the own model if that is asked for or there is no mixture."""
-        own = state.get("shared", {})
-        return own if own and self.predicts == "own" else received.get("shared") or own or state["private"]
+        models = [server[KEPT + site] for site in sorted(server["images"])]
+        sizes = [float(size) for _, size in sorted(server["images"].items())]
+        coefficients = [factor * c for c in shares(self.coefficients, sizes)]
+        return stack(models) if self.predicts == "ensemble" else fuse(models, coefficients)

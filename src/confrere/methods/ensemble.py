@@ -11,7 +11,7 @@ from torch import Tensor
 from confrere.adapters.vectors import RANKS, members
 from confrere.backbones import Backbone
 from confrere.method import Method, one_of
-from confrere.tensors import Tensors
+from confrere.tensors import State, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,17 @@ class Ensemble(Method):
         """Members are kept apart."""
         return "each"
 
+    def personal(self, received: State, state: State) -> Tensors:
+        """Return the mixture, or the own model if that is asked for or there is no mixture."""
+        own = state.get("shared", {})
+        return own if own and self.predicts == "own" else received.get("shared") or own or state["private"]
+
     def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
         """Return class scores (B, K); of an ensemble, the logarithm of the mean of its members' probabilities."""
-        if RANKS not in params:
+        if self.predicts != "ensemble":
             return backbone.logits(params, tokens)
-        chances = [backbone.logits(model, tokens).softmax(1) for model in members(params)]
+        models = members(params) if RANKS in params else [params]  # before any vector has come: the own model
+        chances = [backbone.logits(model, tokens).softmax(1) for model in models]
         return torch.stack(chances).mean(0).clamp_min(1e-12).log()
 
     def additive(self) -> bool:

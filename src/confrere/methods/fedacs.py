@@ -43,7 +43,8 @@ class FedACS(Attentive):
     Differences from the paper: no code is public; the selection and the coupling are the paper's, the two-step scheme
     is FedAMP's with s in place of its kernel (our reconstruction), as are the schedules of the threshold, the
     normalisation that keeps the sum of a_ij below 1, and all defaults. Adapters and head instead of whole networks.
-    A site predicts with ``w_i`` as it last trained it, not with ``u_i``. An unseen site has the weighted mean.
+    A site predicts with ``w_i`` as it last trained it, not with ``u_i``. An unseen site has the weighted mean of
+    all sites' last models.
     """
 
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from confrere.adapters.algebra import concat, named, pairs
+from confrere.adapters.algebra import named, pairs
 from confrere.adapters.names import slot_of
+from confrere.adapters.vectors import mixed, shares
 from confrere.learner import Learner
 from confrere.method import Method, Reply, one_of, register
 from confrere.tensors import State, Tensors, pick, weighted_mean
@@ -36,7 +37,7 @@ class FedALT(Method):
     slot is fixed: it has the budget's rank again (``factors``) or that of all other sites together (``products``).
 
     Args:
-        rest: the mean is one of ``factors`` (of A and of B, as in the paper) or of ``products`` (side by side, exact).
+        rest: the mean is one of ``factors`` (of A and of B, as in the paper) or of ``products`` (exact, factored anew).
         head: ``shared`` (averaged) or ``local`` (never sent).
 
     Differences from the paper: written from public notes, no code is public. All sites' A start equal, without which
@@ -78,8 +79,7 @@ class FedALT(Method):
         """Return the mean of adapters with equal weights, as the slot ``rest``."""
         if self.rest == "factors":
             return named(pairs(weighted_mean([(1.0, adapter) for adapter in adapters]), "personal"), "rest")
-        factors, weights = [pairs(adapter, "personal") for adapter in adapters], [1 / len(adapters)] * len(adapters)
-        return named({layer: concat([f[layer] for f in factors], weights) for layer in factors[0]}, "rest")
+        return named(mixed(adapters, shares("mean", [1.0] * len(adapters)), "personal"), "rest")
 
     def init_site(self, params: Tensors) -> State:
         """Return the own adapter and, apart from it, what is never sent."""

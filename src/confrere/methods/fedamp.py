@@ -37,7 +37,8 @@ class FedAMP(Attentive):
 
     Differences from the paper: adapters and head instead of whole networks; the local problem is not solved but
     approached by a round's steps; the limit on the sum, relative distances and all defaults are ours. A site
-    predicts with ``w_i`` as it last trained it, not with ``u_i``. An unseen site has the weighted mean.
+    predicts with ``w_i`` as it last trained it, not with ``u_i``. An unseen site has the weighted mean of
+    all sites' last models.
     """
 
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {

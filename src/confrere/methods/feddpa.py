@@ -36,6 +36,10 @@ class FedDPAT(Mixing):
         super().__post_init__()
         check_share(self.share)
 
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where ``steps`` cannot be divided between two adapters."""
+        divide(steps, self.share)
+
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train the local adapter, then the global one, whose loss the record shows."""
         steps, own = divide(learner.settings.steps, self.share)
@@ -64,6 +68,11 @@ class FedDPAF(Mixing):
         super().__post_init__()
         if not 0.0 < self.last < 1.0:
             raise ConfigError(f"{self.last} is out of range", where="method.last", fix="use 0 < last < 1")
+
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where one of the adapters would have no round."""
+        if rounds < 2:
+            raise ConfigError("one round cannot train two adapters in turn", where="rounds", fix="use rounds=2")
 
     def shared_rounds(self, rounds: int) -> int:
         """Return the last round in which the global adapter is trained (at least one)."""

@@ -30,7 +30,7 @@ class FedMosaic(Method):
     ``y = W0 x + s [beta B (P' A x + q') + (1 - beta) B (P_i A x + q_i)]`` with A and B orthonormal, common and frozen
     and beta a gate of the layer. ``P' = sum over j != i of w_ij P_j``, ``w_ij = softmax(S_ij / temperature)``, S being
     the similarity of moving averages ``G <- (G + g) / 2`` of a frozen probe's gradient. The last block of each of four
-    parts carries P and q; other blocks have two plain adapters, shared among sites of equal shapes.
+    parts carries P and q; other blocks have plain adapters, shared among sites of equal shapes. Only P_i costs rank.
 
     Args:
         similarity: ``columns`` (mean of the columns' cosines, the released code) or ``flattened`` (the paper).
@@ -39,15 +39,17 @@ class FedMosaic(Method):
         noise: standard deviation added to a gradient before it is sent, >= 0. This is not differential privacy.
 
     Differences from the paper: the gate is a softmax over both copies, token by token; the probe is a random layer on
-    the site's own frozen features; the head stays; a site's P and G wait at the server; one learning rate.
+    the site's own frozen features; the head stays; the server holds each site's last P and G; one learning rate.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ("general", "personal")
+    slots: ClassVar[tuple[str, ...]] = ("personal",)
     own: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[tuple[str, ...]] = ("general",)
     gated: ClassVar[bool] = True
     shifted: ClassVar[bool] = True
     sends: ClassVar[tuple[str, ...]] = ("shared", "probe")
-    also_sends: ClassVar[tuple[str, ...]] = ("P and q between fixed factors", "gradient of a frozen probe")
+    also_sends: ClassVar[tuple[str, ...]] = ("P and q", "own adapters of other blocks", "gradient of a frozen probe")
+    keeps: ClassVar[tuple[str, ...]] = ("gates", "head", "copy of what it last sent, to predict with")
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"temperature": ("log", 0.05, 2.0)}
 
     similarity: str = "columns"
@@ -66,7 +68,7 @@ class FedMosaic(Method):
         return "each"
 
     def shared(self, name: str) -> bool:
-        """No factor, gate or head as such; see ``also_sends``."""
+        """Say no of all, for lists: ``also_sends`` and ``keeps`` say in words what leaves and what stays."""
         return False
 
     def init_server(self, params: Tensors) -> State:
@@ -78,32 +80,29 @@ class FedMosaic(Method):
         return {"private": colora.fix(params)}
 
     def broadcast(self, server: State, site: str) -> State:
-        """Return the site's own tensors as it last sent them, and its mixture of the others'."""
+        """Return the mixture of the others' tensors, and the site's own in case it lost its copy of them."""
         models = {group[4:]: tensors for group, tensors in server.items() if group.startswith("own:")}
         if site not in models:
             return {"shared": server["shared"]}
         probes = {name: server[f"probe:{name}"]["gradient"] for name in models}
-        mixture = colora.message(models, probes, site, self.similarity, self.temperature)
-        return {"shared": mixture, "own": models[site]}
+        return {"shared": colora.message(models, probes, site, self.similarity, self.temperature), "own": models[site]}
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train P, q, plain factors, gates and head; meanwhile average the probe's gradient."""
         fixed, others = state["private"], received.get("shared", {})
+        own = state.get("shared") or received.get("own", {})
         off = {n: torch.zeros_like(t) if ".lora_B." in n else t for n, t in self.personal(received, state).items()}
         fitted = learner.fit(
-            {**colora.first(fixed), **received.get("own", {})},
+            {**colora.first(fixed), **own},
             loss=lambda params, batch: learner.loss(colora.assemble(others, params, fixed), batch),
         )
         # The batches of the fit once more: the frozen probe does not mind that they were trained on meanwhile.
-        batches = itertools.islice(learner.batches(learner.settings.steps, "fit"), 0, None, self.every)
-        classes = len(learner.data.classes)
-        seen = [colora.probe_gradient(learner.features(off, b).cpu(), b.labels, classes) for b in batches]
-        gradient = torch.stack(seen).mean(0)
-        draw = torch_generator(learner.seed, "probe", learner.round, learner.site)
-        gradient = gradient + self.noise * torch.randn(gradient.shape, generator=draw)
+        few = itertools.islice(learner.batches(learner.settings.steps, "fit"), 0, None, self.every)
+        seen = [colora.probe_gradient(learner.features(off, b).cpu(), b.labels, len(learner.data.classes)) for b in few]
+        gradient = colora.blurred(seen, self.noise, torch_generator(learner.seed, "probe", learner.round, learner.site))
         sent = pick(fitted, lambda n: colora.inner(n) or slot_of(n) == "personal")
         kept = {n: fitted[n] if n in fitted and n not in sent else t for n, t in fixed.items()}
-        return {"shared": sent, "probe": {"gradient": gradient}}, {"private": kept}
+        return {"shared": sent, "probe": {"gradient": gradient}}, {"private": kept, "shared": sent}
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Keep what each site sent and the moving average of its gradient; nothing is merged but for unseen sites."""
@@ -117,4 +116,5 @@ class FedMosaic(Method):
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return both copies as adapters ``(P A, B)`` with shifts, beside gates and head."""
-        return colora.assemble(received.get("shared", {}), received.get("own", {}), state["private"])
+        own = state.get("shared") or received.get("own", {})
+        return colora.assemble(received.get("shared", {}), own, state["private"])

@@ -35,7 +35,8 @@ class HiLoRA(Tiers):
     the second tier, sites are grouped by spectral clustering of ``||U_i^T U_j||_F^2 / r``, the U being column bases.
 
     Args:
-        root, cluster: shares of the rounds for the first two tiers, > 0, together < 1; the leaf has the rest.
+        root, cluster: shares of the rounds for the first two tiers, > 0, together < 1; the leaf has the rest. Each
+            tier has at least one round.
         clusters: number of groups; 0 finds it by the gap between eigenvalues.
         basis: U spans the site's last ``update`` of the root product, or its whole ``adapter``.
         gamma_cluster, gamma_leaf: weights of the terms, >= 0. normalise: cosines squared instead of raw sums.
@@ -76,10 +77,15 @@ class HiLoRA(Tiers):
         """Root and cluster factors are sent, each in its tier; leaves never; the head by policy."""
         return self.head == "shared" if name.startswith("head.") else slot_of(name) != "leaf"
 
+    def check(self, steps: int, rounds: int) -> None:
+        """Raise ConfigError where a tier would have no round."""
+        if rounds < 3:
+            raise ConfigError(f"{rounds} rounds are too few for three tiers", where="rounds", fix="use rounds=3")
+
     def tier(self, round_: int, rounds: int) -> str:
-        """Return which adapter is trained in a round."""
-        first = max(1, round(self.root * rounds))
-        second = first + max(1, round(self.cluster * rounds))
+        """Return which adapter is trained in a round; each has one or more of at least three rounds."""
+        first = max(1, min(round(self.root * rounds), rounds - 2))
+        second = first + max(1, min(round(self.cluster * rounds), rounds - 1 - first))
         return "root" if round_ <= first else "cluster" if round_ <= second else "leaf"
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:

@@ -15,8 +15,7 @@ from confrere.method import Method, Reply, one_of, register
 from confrere.seeds import torch_generator
 from confrere.tensors import State, Tensors, digest, sq_dist, weighted_mean
 
-CLUSTER = "cluster."
-"""Prefix of the groups that hold the models to choose from."""
+CLUSTER = "cluster."  # prefix of the groups that hold the models to choose from
 
 
 @register(
@@ -29,19 +28,18 @@ class IFCA(Method):
     """Keep ``clusters`` models; a site trains the one of least training loss and says which; each is averaged alone.
 
     ``j_k = argmin_j F_k(w_j)``, ``w_j <- weighted mean of the trained w of those k with j_k = j`` (unchosen: as it
-    was). A site predicts with the model it last chose, as the server now has it. The weighted mean of all models sent
-    in a round serves unseen sites. So a site receives ``clusters + 1`` models.
+    was). A site predicts with the model it last chose, as the server now has it. Unseen sites have the mean of the
+    clusters, each weighted by all sites that last chose it. So a site receives ``clusters + 1`` models.
 
     Args:
         clusters: how many models, >= 2.
         start: how they begin to differ. ``sites``: in round 1 all train the same model; then as many sites found one
-            each with what they trained, the first the farthest from the mean, each next from those before. ``draw``:
-            heads are drawn at random, and sites choose from round 1 on.
+            each with what they trained (sent to all as it is), the first the farthest from the mean, each next from
+            those before. ``draw``: heads are drawn at random, and sites choose from round 1 on.
 
-    Differences from the paper: it draws whole networks at random. Here adapters begin as products of zero under a
-    head of zeros, so all draws would be one function, and among random heads all sites may prefer the same one for
-    ever. Hence ``sites``, our reconstruction; with fewer sites in round 1, clusters start equal. Models are
-    averaged, not gradients; AdamW, fresh in every round; choosing costs forward passes on top of a round's steps.
+    Differences from the paper: it draws whole networks; draws of adapters (products of zero, a head of zeros) are one
+    function, and among random heads all sites may prefer one for ever. Hence ``sites``, our reconstruction; with fewer
+    sites in round 1, clusters start equal. Models are averaged, not gradients; AdamW is fresh in every round.
     """
 
     sends: ClassVar[tuple[str, ...]] = ("shared", "choice")
@@ -80,21 +78,24 @@ class IFCA(Method):
         models = [received[f"{CLUSTER}{j}"] for j in range(len(received) - 1)]
         if not models:
             return {"shared": learner.fit(received["shared"])}, {}
-        losses = [learner.mean_loss(model, "train") for model in models]
-        chosen = losses.index(min(losses))
+        chosen = min(range(len(models)), key=lambda j: learner.mean_loss(models[j], "train"))
         choice = {"cluster": torch.tensor([float(chosen)])}
         return {"shared": learner.fit(models[chosen]), "choice": choice}, {"choice": choice}
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average every cluster over those who chose it; found the clusters first if there are none."""
-        averaged = super().aggregate(server, replies)
         if f"{CLUSTER}0" not in server:
+            averaged = super().aggregate(server, replies)
             models = founders([reply.state["shared"] for reply in replies], averaged["shared"], self.clusters)
             return {**averaged, **{f"{CLUSTER}{j}": model for j, model in enumerate(models)}}
-        members: dict[int, list[tuple[float, Tensors]]] = {}
-        for reply in replies:
-            members.setdefault(int(reply.state["choice"]["cluster"]), []).append((reply.weight, reply.state["shared"]))
-        return {**averaged, **{f"{CLUSTER}{j}": weighted_mean(sent) for j, sent in members.items()}}
+        chosen = {r.site: int(r.state["choice"]["cluster"]) for r in replies}
+        came = {r.site: torch.tensor([chosen[r.site], r.weight], dtype=torch.float64) for r in replies}
+        new = {**server, "choices": {**server.get("choices", {}), **came}}  # of all sites, as (cluster, weight)
+        for j in sorted(set(chosen.values())):
+            sent = [(r.weight, r.state["shared"]) for r in replies if chosen[r.site] == j]
+            new[f"{CLUSTER}{j}"] = weighted_mean(sent)
+        last = [choice.tolist() for _, choice in sorted(new["choices"].items())]
+        return {**new, "shared": weighted_mean([(weight, new[f"{CLUSTER}{int(j)}"]) for j, weight in last])}
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return the cluster the site last chose, or the mean model."""
@@ -113,7 +114,7 @@ def founders(models: Sequence[Tensors], mean: Tensors, count: int) -> list[Tenso
 
 
 def redrawn(params: Tensors, cluster: int) -> dict[str, Tensor]:
-    """Return ``params`` with a head of standard deviation ``1/sqrt(features)``, drawn anew for each cluster and run."""
-    weight = params["head.weight"]
-    generator = torch_generator(int(digest({"": params})[:15], 16), "head", cluster)
+    """Return ``params`` with a head of deviation ``1/sqrt(features)``, drawn anew for each cluster and run."""
+    weight, seed = params["head.weight"], int(digest({"": params})[:15], 16)
+    generator = torch_generator(seed, "head", cluster)
     return {**params, "head.weight": torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5}

@@ -56,7 +56,7 @@ class Mixing(Method):
 
     @property
     def needs(self) -> Literal["sum", "each"]:
-        """A mean with equal weights is no sum with the sites' weights."""
+        """The only sum a server is offered has the sites' weights, and the mean here has equal ones."""
         return "each"
 
     def shared(self, name: str) -> bool:

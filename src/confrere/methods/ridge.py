@@ -30,10 +30,10 @@ class Ridge(Method):
     """Minimise ``sum_n w_n ||y_n - V f_n - v||^2 + rho ||V||^2`` exactly: y one-hot, f frozen features, v not shrunk.
 
     With z = (f, 1) a site sends ``G = sum_n w_n z z^T`` (F + 1, F + 1) and ``M = sum_n w_n z y^T`` (F + 1, K), both in
-    float64; the server averages them by the sites' weights and solves ``(G + rho I') (V, v)^T = M``. That is the
-    answer for the pooled images, whoever holds them. Weights w_n sum to 1 at each site: equal with
-    ``train.balance="none"``, else ``1 / (classes at the site * images of the class at the site)``. With
-    ``federation.weights="images"`` the average is over all images. Logits are ``SHARPNESS * (V f + v)``.
+    float64; the server averages them by the sites' weights and solves ``(G + rho I') (V, v)^T = M``. Weights w_n sum
+    to 1 at each site: equal with ``train.balance="none"``, else ``1 / (classes at the site * images of the class at
+    the site)``. The answer is that of the pooled images, whoever holds them, with ``train.balance="none"`` and
+    ``federation.weights="images"`` only: otherwise it depends on who holds what. Logits are ``SHARPNESS * (V f + v)``.
 
     One round is enough (``rounds=1``); more repeat it, and each counts only the sites it asked. Adapters stay at zero.
 
@@ -42,7 +42,8 @@ class Ridge(Method):
 
     Differences from the paper: AFL sends each site's own solution and merges solutions; the statistics that its law
     restores are sent instead, which gives the same answer and needs only a sum. The unshrunk intercept, balanced
-    weights and rho by variance are ours. G and M say much about few images: sum them securely.
+    weights and rho by variance are ours. Balance over all sites would need G of each class, K times as much. G and M
+    say much about few images: sum them securely.
     """
 
     sends: ClassVar[tuple[str, ...]] = ("statistics",)

@@ -24,7 +24,8 @@ class Tiers(Method):
     """Average the tier that is sent; before the second tier, group the sites. Not registered: a base class.
 
     Groups of the server's state: ``shared`` (root, mean of the cluster adapters, head: the model of unseen sites),
-    ``basis.<site>`` until there are groups, then ``members`` (site: number) and ``cluster.<number>``.
+    ``basis.<site>`` until there are groups, then ``members`` (site: number) and ``cluster.<number>``, which begins as
+    what was shared and moves when one of its members sends something.
     """
 
     sends: ClassVar[tuple[str, ...]] = ("tier",)
@@ -38,9 +39,9 @@ class Tiers(Method):
         return "each"
 
     def broadcast(self, server: State, site: str) -> State:
-        """Return the shared model and what replaces its parts within the site's group, once that has sent anything."""
+        """Return the shared model and what replaces its parts within the site's group."""
         member = server.get("members", {}).get(site)
-        group = {} if member is None else server.get(f"{CLUSTER}{int(member)}", {})
+        group = {} if member is None else server[f"{CLUSTER}{int(member)}"]
         return {"shared": server["shared"], **({"group": group} if group else {})}
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
@@ -50,19 +51,18 @@ class Tiers(Method):
             return server
         old, some = server["shared"], next(iter(sent.values()))[1]
         if pairs(some, "root"):
-            before = pairs(old, "root") if self.basis == "update" else {}
-            bases = {BASIS + site: update_basis(pairs(new, "root"), before) for site, (_, new) in sent.items()}
+            last = pairs(old, "root") if self.basis == "update" else {}
+            bases = {BASIS + site: update_basis(pairs(new, "root"), last) for site, (_, new) in sent.items()}
             return {**server, "shared": merged(old, sent.values(), "root"), **bases}
         members = server.get("members") or self.members(server)
+        begun = {f"{CLUSTER}{int(number)}": {name: old[name] for name in some} for number in members.values()}
+        before = {**begun, **server}
         groups: dict[str, list[tuple[float, Tensors]]] = {}
         for site in sorted(sent.keys() & members.keys()):
             groups.setdefault(f"{CLUSTER}{int(members[site])}", []).append(sent[site])
-        averaged = {
-            group: merged({**old, **server.get(group, {})}, among, "cluster") for group, among in groups.items()
-        }
-        kept = {group: {name: tensors[name] for name in some} for group, tensors in averaged.items()}
-        rest = {group: tensors for group, tensors in server.items() if not group.startswith(BASIS)}
-        return {**rest, **kept, "shared": merged(old, sent.values(), "cluster"), "members": members}
+        averaged = {group: merged(before[group], among, "cluster") for group, among in groups.items()}
+        rest = {group: tensors for group, tensors in before.items() if not group.startswith(BASIS)}
+        return {**rest, **averaged, "shared": merged(old, sent.values(), "cluster"), "members": members}
 
     def members(self, server: State) -> Tensors:
         """Return the number of each site's group; sites that never trained a root are left out."""
