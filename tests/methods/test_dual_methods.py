@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,19 @@ from torch import Tensor
 from confrere.adapters.algebra import pairs, product
 from confrere.adapters.names import gate_name, side_of, slot_of, tensor_name
 from confrere.config import read, validate
-from confrere.errors import ConfigError
+from confrere.errors import ConfigError, RunError
 from confrere.job import open_data, run_experiment
 from confrere.learner import Learner, TrainSettings
-from confrere.method import Method, Reply, Request, make
+from confrere.method import METHODS, Method, Reply, Request, make
 from confrere.methods.mixing import ANCHORS, likeness
-from confrere.predict import Predictor
+from confrere.predict import Predictor, predict_folder
 from confrere.record.files import read_state
 from confrere.record.run import Run
 from confrere.seeds import torch_generator
 from confrere.tensors import State, Tensors, digest
 from confrere.tokenset import Batch
+
+A_PERSONAL = tensor_name("x", "A", "personal")
 
 
 @dataclass
@@ -204,6 +207,18 @@ def test_f_trains_the_local_adapter_after_the_federation(tmp_path: Path) -> None
     assert all(make("feddpa-t").may_stop(r, 4) for r in (1, 2, 3, 4))
 
 
+def test_rounds_and_steps_too_few_for_two_adapters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="rounds=2"):
+        make("feddpa-f").check(10, 1)
+    with pytest.raises(ConfigError, match=r"train\.steps=2"):
+        make("feddpa-t").check(1, 10)
+    for last in (0.01, 0.3, 0.99):
+        method = make("feddpa-f", {"last": last})
+        for rounds in (2, 3, 10):
+            method.check(10, rounds)
+            assert 1 <= method.shared_rounds(rounds) < rounds
+
+
 # FedALT
 
 
@@ -254,6 +269,19 @@ def test_products_side_by_side_are_the_mean_of_products_and_factors_are_not() ->
         mean = {k: sum(product(pairs(sent[s], "personal")[k]) for s in "ab") / 2 for k in pairs(sent["a"], "personal")}
         found[kind] = max(float((product(rest[k]) - mean[k]).abs().max()) for k in rest)
     assert found["products"] < 1e-4 < found["factors"]
+
+
+def test_no_sites_adapter_can_be_cut_out_of_the_rest() -> None:
+    """Side by side, the first rows of the rest's A were those of one site and the last ones another's."""
+    method = make("fedalt", {"rest": "products"})
+    first = initial_params(backbone_of(method), method, "")
+    sent = {s: {n: t + i for n, t in noisy(first).items() if slot_of(n)} for i, s in enumerate(SITES)}
+    replies = [Reply(site=s, round=1, state={"shared": {**first, **sent[s]}}) for s in SITES]
+    rest = pairs(method.broadcast(method.aggregate(method.init_server(first), replies), "c")["rest"], "rest")
+    for site in "ab":
+        for layer, (a, _) in pairs(sent[site], "personal").items():
+            rows = rest[layer][0].unfold(0, len(a), 1).transpose(1, 2)
+            assert not any(torch.allclose(part, a, atol=1e-3) for part in rows)
 
 
 def test_a_site_goes_on_from_its_own_adapter_whatever_the_others_send(tmp_path: Path) -> None:
@@ -387,6 +415,17 @@ def test_wrong_options_name_the_way_out(name: str, options: dict[str, Any], mess
         make(name, options)
 
 
+def test_the_pages_say_what_hospitals_get_of_each_other_and_why_a_server_needs_each() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    leaves = (docs / "what-leaves-a-hospital.md").read_text()
+    sends_personal = {name for name in METHODS if "personal" in make(name).slots and make(name).shared(A_PERSONAL)}
+    assert sends_personal == {"fedalt"}
+    for name in (*sends_personal, "fedmosaic", "data-vectors", "ifca"):
+        assert f"`{name}`" in leaves, name
+    for name in ("feddpa-t", "feddpa-f"):
+        assert "a limit of this implementation" in (docs / "methods" / f"{name}.md").read_text()
+
+
 # What a site takes home
 
 
@@ -416,6 +455,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("fedalt", {"rest": "products"}, {"personal", "rest"}, {"lora_gate"}),
         ("pf2lora", {"client": 0.5}, {"general", "personal", "merged"}, set()),
         ("data-vectors", {"predicts": "ensemble"}, {"general"}, {"members."}),
+        ("data-vectors", {}, {"general", "merged"}, set()),
         ("ridge", {}, {"general", "merged"}, set()),
     ],
 )
@@ -436,6 +476,13 @@ def test_exported_folders_predict_what_the_site_predicted(
         images = images_of(hospitals, tmp_path, site)
         assert np.allclose(predictor.probabilities(images), stored.numpy(), rtol=1e-4, atol=1e-6)
         assert float(stored.std()) > 0.01
+    # A map shows one pass of one model: where several decide, it would show another than the one that predicts.
+    several = name.startswith("feddpa") or options.get("predicts") == "ensemble"
+    source, out = hospitals / "east" / "alpha", tmp_path / "new" / "out.csv"
+    with pytest.raises(RunError, match="without --overlay") if several else nullcontext():
+        predict_folder(tmp_path, "east", source, out, overlays=1)
+    assert len(list(out.parent.rglob("*.png"))) == (not several)
+    assert predict_folder(tmp_path, "east", source, out) == (8, [])
 
 
 def images_of(hospitals: Path, run: Path, site: str) -> np.ndarray:

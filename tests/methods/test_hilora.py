@@ -142,6 +142,38 @@ def test_hilora_serves_an_unseen_site_without_a_leaf_or_group(tmp_path: Path) ->
     assert all(torch.isfinite(t).all() for t in flatten(final).values())
 
 
+def test_a_group_none_of_whose_sites_answers_goes_on_from_what_was_shared() -> None:
+    """a and b write to the first output, c to the second; then a and b alone send a cluster adapter, so c's group has
+    none of its own yet. c must be served, with the cluster adapter and head from before, not those of the others."""
+    method = make("hilora", {"clusters": 2})
+    zero = {f"x.lora_B.{s}.weight": torch.zeros(2, 1) for s in ("root", "cluster")}
+    one_ = {f"x.lora_A.{s}.weight": torch.tensor([[1.0, 0.0]]) for s in ("root", "cluster")}
+    server = method.init_server({**zero, **one_, "head.bias": torch.zeros(1)})
+    roots = [("a", [[1.0], [0.0]]), ("b", [[1.0], [0.0]]), ("c", [[0.0], [1.0]])]
+    server = method.aggregate(server, [hilora_reply(s, "root", b, 3.0) for s, b in roots])
+    for round_ in range(2):
+        sent = [hilora_reply(s, "cluster", [[2.0], [0.0]], 5.0) for s in "ab"[round_:]]
+        server = method.aggregate(server, sent)
+        model = method.personal(method.broadcast(server, "c"), {"joined": {}, "private": {}})
+        assert not model["x.lora_B.cluster.weight"].any()
+        assert model["head.bias"].tolist() == [3.0]
+        assert method.broadcast(server, "a")["group"]["head.bias"].tolist() == [5.0]
+    server = method.aggregate(server, [hilora_reply("c", "cluster", [[0.0], [8.0]], 1.0)])
+    found = pairs(method.broadcast(server, "c")["group"], "cluster")
+    torch.testing.assert_close(product(found["x"]), torch.tensor([[0.0, 0], [8, 0]]))
+
+
+@pytest.mark.parametrize("rounds", [3, 4, 5, 10])
+@pytest.mark.parametrize("shares", [(0.4, 0.3), (0.6, 0.39), (0.01, 0.98), (0.98, 0.01), (0.01, 0.01)])
+def test_each_tier_has_a_round_whatever_the_shares(rounds: int, shares: tuple[float, float]) -> None:
+    method = make("hilora", {"root": shares[0], "cluster": shares[1]})
+    tiers = [method.tier(r, rounds) for r in range(1, rounds + 1)]
+    assert list(dict.fromkeys(tiers)) == ["root", "cluster", "leaf"]
+    method.check(1, rounds)
+    with pytest.raises(ConfigError, match="rounds=3"):
+        method.check(1, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from confrere.adapters import lora
 from confrere.adapters.algebra import named, norm, pairs, product
 from confrere.adapters.vectors import fuse, members, shares, stack, times
 from confrere.backbones import Backbone, load
+from confrere.config import validate
 from confrere.errors import ConfigError
 from confrere.initial import initial_params as draw
 from confrere.learner import Learner, TrainSettings, predict
@@ -92,7 +94,43 @@ def test_ridge_is_scikit_learns_on_pooled_features(balance: str, lam: float) -> 
     np.testing.assert_allclose(ours["head.bias"], theirs.intercept_, atol=1e-5, rtol=1e-5)
 
 
-def test_ridge_does_not_care_who_holds_which_image_and_the_mean_of_solutions_does() -> None:
+def dealt(found: dict[str, Learner], parts: dict[str, np.ndarray], balance: str) -> dict[str, Learner]:
+    """Return sites that hold the given of all training images, numbered through."""
+    rows = {name: learner.data.rows("train") for name, learner in found.items()}
+    tokens = np.concatenate([found[n].data.batch(r).tokens.numpy() for n, r in rows.items()])
+    labels = np.concatenate([found[n].data.labels[r] for n, r in rows.items()])
+    some = next(iter(found.values()))
+    return {
+        name: replace(
+            some,
+            site=name,
+            settings=replace(some.settings, balance=balance),
+            data=TokenSet(
+                tokens=tokens[part],
+                labels=labels[part],
+                groups=np.arange(len(part)),
+                split=np.zeros(len(part), dtype=np.int8),
+                classes=some.data.classes,
+            ),
+        )
+        for name, part in parts.items()
+    }
+
+
+@pytest.mark.parametrize(("balance", "same"), [("none", True), ("sampling", False), ("weights", False)])
+def test_ridge_does_not_care_who_holds_which_image_unless_each_site_balances_its_own(balance: str, same: bool) -> None:
+    """The same images dealt two ways: evenly to three sites, and sorted by class to two of unequal size."""
+    found = learners(make("ridge"))
+    labels = np.concatenate([learner.data.labels[learner.data.rows("train")] for learner in found.values()])
+    order = np.argsort(labels, kind="stable")
+    evenly = {name: np.arange(len(labels))[k::3] for k, name in enumerate("abc")}
+    by_class = {"a": order[: len(order) // 4], "b": order[len(order) // 4 :]}
+    one, two = (ridge_of(dealt(found, parts, balance), 0.1)[0]["shared"] for parts in (evenly, by_class))
+    apart = max(float((one[n] - two[n]).abs().max()) for n in one)
+    assert apart < 1e-4 if same else apart > 1e-2
+
+
+def test_the_mean_of_the_sites_solutions_would_be_another_answer() -> None:
     found = learners(make("ridge"))
     server, replies = ridge_of(found, 0.1)
     joined = weighted_mean([(r.weight, r.state["statistics"]) for r in replies])
@@ -133,10 +171,14 @@ def model(seed: int, rank: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def after(method: Method, rounds: list[dict[str, tuple[float, Tensors]]]) -> State:
-    """Return the server after rounds in which the given sites sent vectors, by weight."""
+    """Return the server after rounds in which the given sites sent vectors, by images."""
     server: State = {"shared": model(0, 2, 0.0)}
     for number, came in enumerate(rounds, 1):
-        replies = [Reply(site=s, round=number, state={"shared": t}, weight=w) for s, (w, t) in sorted(came.items())]
+        # All sites weigh the same, as with federation.weights="equal"; they have w images.
+        replies = [
+            Reply(site=s, round=number, state={"shared": t}, metrics={"examples": int(w)})
+            for s, (w, t) in sorted(came.items())
+        ]
         server = method.aggregate(server, replies)
     return server
 
@@ -178,6 +220,40 @@ def test_times_is_times_the_change() -> None:
     twice = times(one, 2.0)
     torch.testing.assert_close(product(pairs(twice, "general")["l"]), 2 * product(pairs(one, "general")["l"]))
     torch.testing.assert_close(twice["head.bias"], 2 * one["head.bias"])
+
+
+def test_no_sites_vector_can_be_cut_out_of_a_mixture() -> None:
+    """Side by side, rows 2 to 4 of A and columns 2 to 4 of B were those of the second site."""
+    models = [model(j, 2) for j in range(3)]
+    ranks = range(0, 6, 2)
+    mixed = pairs(fuse(models, shares("mean", [1, 1, 1])), "general")["l"]
+    for one in models:
+        a, b = pairs(one, "general")["l"]
+        for first in ranks:
+            part = mixed[0][first : first + 2], mixed[1][:, first : first + 2]
+            assert not torch.allclose(part[0], a, atol=1e-3)
+            assert not torch.allclose(product(part), product((a, b)) / 3, atol=1e-3)
+    torch.testing.assert_close(product(mixed), sum(product(pairs(m, "general")["l"]) for m in models) / 3)
+
+
+def test_rounds_count_only_once_the_mixture_is_there() -> None:
+    """Evaluations before say nothing of it: such a round must neither stop a run nor be kept as its best."""
+
+    def counted(**options: str) -> list[bool]:
+        return [make("data-vectors", options).may_stop(r, 4) for r in (1, 2, 3, 4)]
+
+    assert counted() == [False, False, False, True]
+    assert counted(when="every") == [True, True, True, True]
+    assert counted(coefficients="tuned") == [False, False, False, True]
+    assert counted(coefficients="tuned", when="every") == [False, False, False, True]
+
+
+def test_tuning_without_a_round_to_tune_in_is_refused() -> None:
+    values = {"path": "x", "controls": (), "method": {"name": "data-vectors", "coefficients": "tuned"}}
+    with pytest.raises(ConfigError, match="rounds=2"):
+        validate({**values, "rounds": 1})
+    validate({**values, "rounds": 2})
+    validate({**values, "method": "data-vectors", "rounds": 1})
 
 
 def test_a_stack_gives_its_members_back() -> None:

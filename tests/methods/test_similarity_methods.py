@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_federation import backbone_of, initial_params, tiny_learner, tiny_run
@@ -199,9 +201,43 @@ def test_ifca_averages_each_cluster_alone_and_leaves_the_unchosen() -> None:
         for s, w, x, j in (("a", 1.0, 2.0, 0), ("b", 3.0, 6.0, 0), ("c", 2.0, 8.0, 1))
     ]
     merged = method.aggregate(server, replies)
-    assert {g: float(t[ADAPTER]) for g, t in merged.items()} == pytest.approx(
+    assert {g: float(t[ADAPTER]) for g, t in method.broadcast(merged, "a").items()} == pytest.approx(
         {"shared": 6.0, "cluster.0": 5.0, "cluster.1": 8.0, "cluster.2": -2.0}
     )
+
+
+def test_the_mean_of_ifca_counts_every_site_by_its_last_choice() -> None:
+    """Then c alone answers, with 12 and weight 4: clusters 5 and 12, weights 1 + 3 and 4, so 8.5 (c's model is 12).
+
+    b moves to cluster 1 with 0: clusters 5 (a) and 0 (b and c), weights 1 and 3 + 4, so 5/8. Of the last cohort: 0.
+    """
+    method = make("ifca", {"clusters": 2})
+    server = {"shared": one(0.0), **{f"cluster.{j}": one(float(-j)) for j in range(2)}}
+    means = []
+    for came in (
+        (("a", 1.0, 2.0, 0), ("b", 3.0, 6.0, 0), ("c", 2.0, 8.0, 1)),
+        (("c", 4.0, 12.0, 1),),
+        (("b", 3.0, 0.0, 1),),
+    ):
+        replies = [
+            Reply(site=s, round=2, weight=w, state={"shared": one(x), "choice": {"cluster": torch.tensor([float(j)])}})
+            for s, w, x, j in came
+        ]
+        server = method.aggregate(server, replies)
+        means.append(float(method.broadcast(server, "new")["shared"][ADAPTER]))
+    assert means == pytest.approx([6.0, 8.5, 5 / 8])
+
+
+@pytest.mark.parametrize("name", ["fedamp", "fedacs"])
+def test_the_general_model_is_the_mean_of_all_sites_and_not_of_the_last_cohort(name: str) -> None:
+    """a, b, c send 1, 2, 6 with weights 1, 2, 3: 23/6. Then b alone sends 8 with weight 4: (1 + 32 + 18) / 8."""
+    method = make(name)
+    server = method.init_server(one(0.0))
+    first = [("a", 1.0, 1.0), ("b", 2.0, 2.0), ("c", 6.0, 3.0)]
+    for came, mean in ((first, 23 / 6), ([("b", 8.0, 4.0)], 51 / 8)):
+        replies = [Reply(site=s, round=1, state={"shared": one(x)}, weight=w) for s, x, w in came]
+        server = method.aggregate(server, replies)
+        assert float(method.broadcast(server, "new")["shared"][ADAPTER]) == pytest.approx(mean)
 
 
 def test_ifca_takes_the_model_of_least_training_loss() -> None:
@@ -217,6 +253,32 @@ def test_ifca_takes_the_model_of_least_training_loss() -> None:
         assert float(payload["choice"]["cluster"]) == expected
         assert method.personal(received, state) is models[expected]
         assert method.personal(received, {}) is start
+
+
+@pytest.mark.parametrize(("balance", "expected"), [("none", 0), ("sampling", 1), ("weights", 1)])
+def test_ifca_chooses_by_the_loss_that_is_trained(balance: str, expected: int) -> None:
+    """Of 12 training images 10 are alpha. One model says alpha to all, at 0.9; the other nothing, at 1/3.
+
+    By images: 10/12 * 0.105 + 2/12 * 3.0 = 0.59 against 1.10: the first. By classes: (0.105 + 2 * 3.0) / 3 = 2.03
+    against 1.10: the second, which is what balanced batches would improve on.
+    """
+    method = make("ifca")
+    learner = tiny_learner(method, "a")
+    rows = learner.data.rows("train")
+    assert len(rows) == 12
+    labels = np.zeros_like(learner.data.labels)
+    labels[rows[:2]] = [1, 2]
+    learner.data = replace(learner.data, labels=labels)
+    learner.settings = replace(learner.settings, balance=balance)
+    start = initial_params(backbone_of(method), method, "a")
+    sure = {**start, "head.bias": torch.log(torch.tensor([0.9, 0.05, 0.05]))}
+    received = {"shared": start, "cluster.0": sure, "cluster.1": start}
+    by_image = (10 * -math.log(0.9) - 2 * math.log(0.05)) / 12
+    by_class = (-math.log(0.9) - 2 * math.log(0.05)) / 3
+    found = learner.mean_loss(sure, "train")
+    assert found == pytest.approx(by_image if balance == "none" else by_class, rel=1e-4)
+    assert learner.mean_loss(start, "train") == pytest.approx(math.log(3), rel=1e-4)
+    assert float(method.update(learner, received, {})[0]["choice"]["cluster"]) == expected
 
 
 def test_clusters_start_apart_in_both_ways(tmp_path: Path) -> None:

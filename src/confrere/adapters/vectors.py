@@ -29,7 +29,7 @@ def shares(kind: str, sizes: Sequence[float]) -> list[float]:
 def mixed(adapters: Sequence[Tensors], coefficients: Sequence[float], slot: str = "general") -> dict[str, Pair]:
     """Return pairs by layer of product ``sum_m c_m B_m A_m``, exactly; ranks add up.
 
-    They are factored anew: side by side, who receives them could cut out each model's own rows and columns.
+    They are factored anew: of factors side by side, who receives them could slice out each model's own.
     """
     factors = [pairs(adapter, slot) for adapter in adapters]
     beside = {layer: concat([f[layer] for f in factors], coefficients) for layer in factors[0]}

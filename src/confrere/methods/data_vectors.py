@@ -31,7 +31,7 @@ class DataVectors(Ensemble):
     """``theta = theta_pre + sum_j c_j tau_j`` with ``tau_j = theta_j - theta_pre`` of site j, which trained alone.
 
     Sites start from one adapter of product zero and a head of zero: tau_j is ``s B_j A_j`` of every layer, and head.
-    Sums are exact: the mixture has all sites' ranks together, factored anew so that no site's part can be cut out
+    Sums are exact: the mixture has all sites' ranks together, factored anew so that slices are no site's part
     (``ensemble`` keeps them apart and sends them all to all). The server keeps every site's newest vector.
 
     Args:

@@ -41,7 +41,7 @@ class Ensemble(Method):
 
     def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
         """Return class scores (B, K); of an ensemble, the logarithm of the mean of its members' probabilities."""
-        if self.predicts != "ensemble":
+        if self.predicts != "ensemble" and RANKS not in params:
             return backbone.logits(params, tokens)
         models = members(params) if RANKS in params else [params]  # before any vector has come: the own model
         chances = [backbone.logits(model, tokens).softmax(1) for model in models]
