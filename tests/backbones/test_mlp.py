@@ -136,4 +136,4 @@ def test_compare_runs_on_a_table(table: Path, tmp_path: Path) -> None:
     command = ["compare", str(table), "--methods", "fedit,local", "--seeds", "0", "--out", str(tmp_path / "c")]
     done = subprocess.run([sys.executable, "-m", "confrere", *command, *choices], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "c" / "report.html").exists()
+    assert (tmp_path / "c" / "comparison.html").exists()
