@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 
-def interval(value: dict[str, Any] | None, key: str = "mean", low: str = "low", high: str = "high") -> str:
+def interval(value: dict[str, Any] | None, prefix: str = "") -> str:
     """Return ``0.612 (0.590 to 0.634)``."""
+    key = prefix or "mean"
     if value is None or value[key] is None:
         return "-"
-    return f"{value[key]:.3f}" + (f" ({value[low]:.3f} to {value[high]:.3f})" if value[low] is not None else "")
+    low, high = (value[f"{prefix}_{side}" if prefix else side] for side in ("low", "high"))
+    return f"{value[key]:.3f}" + (f" ({low:.3f} to {high:.3f})" if low is not None else "")
 
 
-def gain(value: dict[str, Any] | None) -> str:
+def gain(pair: dict[str, Any] | None) -> str:
     """Return points of balanced accuracy: ``+4.1 (-2.0 to +9.9), p 0.21``."""
-    if value is None:
+    if pair is None or pair["p_holm"] is None or pair["low"] is None:
         return "-"
-    points = [100 * value[key] for key in ("gain", "low", "high")]
-    return "{:+.1f} ({:+.1f} to {:+.1f}), p {:.2f}".format(*points, value["p_holm"])
+    difference, low, high = (100 * pair[key] for key in ("gain", "low", "high"))
+    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}), p {pair['p_holm']:.2f}"
 
 
 def tuned(found: dict[str, Any], name: str) -> str:
@@ -49,7 +51,7 @@ def table(found: dict[str, Any]) -> str:
         cells = (
             f"`{m['name']}`",
             interval(m["balanced_accuracy"]),
-            interval(m["balanced_accuracy"], "worst", "worst_low", "worst_high"),
+            interval(m["balanced_accuracy"], "worst"),
             gain(m["gains"].get("local")),
             gain(m["gains"].get("pooled")),
             interval(m["auroc"]),

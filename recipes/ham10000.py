@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparison_page import gain, interval
 
 from confrere.compare import compare
 from confrere.config import override, validate
@@ -101,15 +102,6 @@ def prepare(data: Path, out: Path) -> Path:
     return table
 
 
-def interval(value: dict[str, Any] | None, prefix: str = "") -> str:
-    """Return ``0.612 (0.590 to 0.634)``."""
-    key = prefix or "mean"
-    if value is None or value[key] is None:
-        return "-"
-    low, high = (value[f"{prefix}_{side}" if prefix else side] for side in ("low", "high"))
-    return f"{value[key]:.3f}" + (f" ({low:.3f} to {high:.3f})" if low is not None else "")
-
-
 def scores(found: dict[str, Any]) -> list[str]:
     """Return the table of one comparison; every number comes from comparison.json."""
     lines = [
@@ -151,14 +143,6 @@ def paired(found: dict[str, Any]) -> list[str]:
         of = {p["site"]: p for p in found["pairs"] if p["b"] == m["name"]}
         lines.append(f"| `{m['name']}` | " + " | ".join(gain(of.get(s)) for s in sites) + " |")
     return lines
-
-
-def gain(pair: dict[str, Any] | None) -> str:
-    """Return ``+4.1 (-2.0 to +9.9), p 0.21``."""
-    if pair is None or pair["p_holm"] is None or pair["low"] is None:
-        return "-"
-    difference, low, high = (100 * pair[key] for key in ("gain", "low", "high"))
-    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f}), p {pair['p_holm']:.2f}"
 
 
 def page(found: dict[str, dict[str, Any]], command: str) -> str:

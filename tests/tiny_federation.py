@@ -40,8 +40,7 @@ def tiny_backbone(slots: tuple[str, ...] = ("general", "personal"), **extensions
 
 def backbone_of(method: Method) -> Backbone:
     """Return the test backbone with what a method trains."""
-    slots = (*method.slots, *method.fixed)
-    return tiny_backbone(slots, gated=method.gated, shifted=method.shifted, norms=method.norms)
+    return tiny_backbone(method.all_slots, **method.extensions)
 
 
 @functools.cache

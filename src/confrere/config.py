@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from confrere import methods as _methods  # noqa: F401  fills the registry of methods
 from confrere.data.options import DataOptions
-from confrere.errors import ConfigError
-from confrere.method import METHODS, Method, defaults, make, nearest
+from confrere.errors import ConfigError, nearest
+from confrere.method import METHODS, Method, defaults, make
 
 
 class Part(BaseModel):

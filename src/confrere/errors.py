@@ -14,6 +14,9 @@ Each says what is wrong, where, and how to mend it; none quotes a file's content
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class ConfrereError(Exception):
     """Base class: ``what`` is wrong, ``where`` (file, site, round, key) and how to ``fix`` it."""
@@ -76,3 +79,9 @@ class MissingExtraError(ConfrereError):
             f"{needed_for} needs the package {package!r}, which is not installed",
             fix=f"pip install 'confrere[{extra}]'",
         )
+
+
+def nearest(word: str, choices: Collection[str]) -> str:
+    """Return a hint naming the valid choice nearest to ``word``, or all of them."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(choices)) or 'none'}"

@@ -33,20 +33,18 @@ def export_adapters(
     ``merged`` holds all slots as one adapter of summed rank, where the method's prediction is their sum.
     ``head.safetensors`` holds all that is no LoRA factor: the head, and norms or gates of methods that have them.
     """
-    hub = backbone.entry.kind in ("transformers", "timm")
-    base = backbone.entry.source if hub else backbone.name  # what PEFT users pass to from_pretrained
+    base = base_name(backbone)
     for name, entry in results["sites"].items():
         model: Literal["general", "personalised"] = "general" if entry["held_out"] else "personalised"
         if "temperature" not in entry:  # never examined: held out by a method without a general model
             continue
         request = Request(kind="evaluate", round=round_, state=method.broadcast(server, name), model=model)
         params = sites[name].params(request)
-        slots = (*method.slots, *method.fixed)
-        for slot in slots:
+        for slot in method.all_slots:
             chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
             write_files(folder / name / slot, export(chosen, scale=backbone.scale, base_name=base))
         if method.additive():
-            merged = merge_slots(params, slots)
+            merged = merge_slots(params, method.all_slots)
             write_files(folder / name / "merged", export(merged, scale=backbone.scale, base_name=base))
         rest = {n: t.contiguous() for n, t in params.items() if lora.slot_of(n) is None}
         write_bytes(folder / name / "head.safetensors", save(rest))
@@ -66,7 +64,12 @@ def export_adapters(
                 "scale": backbone.scale,
                 "blocks": backbone.spec.blocks,
                 "targets": backbone.spec.targets,
-                "slots": ["merged"] if method.additive() else list(slots),
+                "slots": ["merged"] if method.additive() else list(method.all_slots),
                 "method": {"name": method.name, **asdict(method)},
             },
         )
+
+
+def base_name(backbone: Backbone) -> str:
+    """Return what PEFT users pass to ``from_pretrained``: a hub's name where there is one."""
+    return backbone.entry.source if backbone.entry.kind in ("transformers", "timm") else backbone.name

@@ -135,14 +135,12 @@ def load_backbone(experiment: Experiment, federation: Federation) -> Backbone:
     return load(
         spec.name,
         lora=lora.LoraSpec(
-            slots=(*method.slots, *method.fixed),
+            slots=method.all_slots,
             blocks=adapter.blocks,
             targets=adapter.targets,
             scale=adapter.scale,
             dropout=adapter.dropout,
-            gated=method.gated,
-            shifted=method.shifted,
-            norms=method.norms,
+            **method.extensions,
         ),
         depth=spec.depth or (REGISTRY[spec.name].keep if spec.name in REGISTRY else None),
         image_size=federation.image_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ class Learner:
     def loss(self, params: Tensors, batch: Batch, *, capture: bool = False) -> Tensor:
         """Return the task loss of a batch, a scalar with gradient with respect to ``params``."""
         logits = self.backbone.logits(params, batch.tokens, capture=batch.inputs if capture else None)
-        return self._objective()(logits, batch.labels)
+        return self._task(logits, batch.labels)
 
     def sweep(self, split: str, *, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Yield all images of ``train`` or ``val`` once, in order (or the first ``limit``), on the device."""
@@ -203,6 +204,11 @@ class Learner:
             for batch in self.sweep(split, limit=limit):
                 total += float(loss(self.backbone.logits(params, batch.tokens), batch.labels)) * len(batch.labels)
         return total / len(rows)
+
+    @cached_property
+    def _task(self) -> Objective:
+        """The loss of training batches: with class weights, counted once and not at every step."""
+        return self._objective()
 
     def _objective(self, rows: np.ndarray | None = None) -> Objective:
         """Return the loss of a training batch, or that whose mean over ``rows`` is what training minimises."""

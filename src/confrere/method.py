@@ -8,13 +8,12 @@ that holds only the request and its own disk?
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from confrere.errors import ConfigError
+from confrere.errors import ConfigError, nearest
 from confrere.tensors import State, Tensors, pick, weighted_mean
 
 if TYPE_CHECKING:
@@ -86,6 +85,16 @@ class Method:
     """True for the control that trains on all sites' images in one place."""
 
     @property
+    def all_slots(self) -> tuple[str, ...]:
+        """Every adapter a backbone needs room for, in the order in which gates weigh them."""
+        return (*self.slots, *self.fixed)
+
+    @property
+    def extensions(self) -> dict[str, bool]:
+        """What a backbone needs besides slots: arguments of :class:`confrere.adapters.lora.LoraSpec`."""
+        return {"gated": self.gated, "shifted": self.shifted, "norms": self.norms}
+
+    @property
     def needs(self) -> Literal["sum", "each"]:
         """Whether the server needs only a weighted sum of the payloads, or each of them."""
         return "sum"
@@ -112,8 +121,8 @@ class Method:
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Return the server's new state from replies sorted by site: the weighted mean of what was sent."""
-        sent = [(reply.weight, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
-        return {**server, "shared": weighted_mean(sent)} if sent else server
+        came = sent_by(replies)
+        return {**server, "shared": weighted_mean(came)} if came else server
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return the tensors this site predicts with: shared and private together."""
@@ -129,7 +138,7 @@ class Method:
     def additive(self) -> bool:
         """Return whether prediction is that of one merged adapter, which any program can load."""
         plain = type(self).scores is Method.scores
-        return plain and not (self.gated or self.shifted or self.norms)
+        return plain and not any(self.extensions.values())
 
     def split(self, params: Tensors) -> tuple[State, State]:
         """Return ``params`` as payload and private state, by :meth:`shared`."""
@@ -145,6 +154,16 @@ class Method:
     def has_general(self) -> bool:
         """Return whether the shared tensors alone predict: something is sent and the head is part of it."""
         return bool(self.sends) and self.shared("head.weight")
+
+
+def sent_by(replies: Sequence[Reply]) -> list[tuple[float, Tensors]]:
+    """Return weight and shared tensors of the replies that hold any."""
+    return [(reply.weight, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+
+
+def rounds_before(share: float, rounds: int) -> int:
+    """Return the last round before a last phase that has ``share`` of the rounds; each has at least one if it can."""
+    return max(1, rounds - max(1, round(share * rounds)))
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -197,9 +216,3 @@ def one_of(where: str, value: str, choices: Sequence[str]) -> None:
     """Raise ConfigError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ConfigError(f"{value!r} is not a choice", where=where, fix=f"use one of: {', '.join(choices)}")
-
-
-def nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    """Return a hint naming the valid choice nearest to ``word``, or all of them."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(choices)) or 'none'}"

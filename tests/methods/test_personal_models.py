@@ -17,7 +17,7 @@ from confrere.federation.transport import Failure, InProcess
 from confrere.learner import Learner
 from confrere.method import Method, Reply, Request, make
 from confrere.methods.apfl import mixture
-from confrere.methods.ditto import divide
+from confrere.methods.two_models import divide
 from confrere.record.run import Run
 from confrere.seeds import torch_generator
 from confrere.tensors import State, Tensors, dot, sq_dist, sub

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from confrere.data.paths import slug
-from confrere.errors import ConfigError
+from confrere.errors import ConfigError, nearest
 
 Kind = Literal["scanner", "stain", "label-noise", "missing-classes", "quantity", "concept"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -48,10 +46,10 @@ class Shift(BaseModel):
             return values
         kind = values.get("kind")
         if kind not in KINDS:
-            raise ConfigError(f"unknown kind of shift {kind!r}", where="data.shift.kind", fix=near(str(kind), KINDS))
+            raise ConfigError(f"unknown kind of shift {kind!r}", where="data.shift.kind", fix=nearest(str(kind), KINDS))
         for key in values:
             if key not in cls.model_fields:
-                raise ConfigError("unknown key", where=f"data.shift.{key}", fix=near(key, cls.model_fields))
+                raise ConfigError("unknown key", where=f"data.shift.{key}", fix=nearest(key, cls.model_fields))
         return values
 
     @field_validator("sites")
@@ -82,9 +80,3 @@ class Shift(BaseModel):
     def idle(self) -> bool:
         """Return whether it changes nothing."""
         return not (self.strength or self.classes or self.count)
-
-
-def near(word: str, choices: Collection[str]) -> str:
-    """Return a hint that names the choice nearest to ``word``, or all of them."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}?" if found else f"valid: {', '.join(sorted(choices))}"

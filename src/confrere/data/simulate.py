@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from confrere.data import appearance
 from confrere.data.images import SiteImages
-from confrere.data.shift import Shift, near
+from confrere.data.shift import Shift
 from confrere.data.splits import TRAIN
 from confrere.data.view import View
-from confrere.errors import DataError
+from confrere.errors import DataError, nearest
 from confrere.seeds import numpy_generator
 
 _VERSION = "1"  # of what the pixels of a shift depend on beside its options
@@ -37,14 +37,14 @@ def plan(shifts: Sequence[Shift], sites: Sequence[str], classes: Sequence[str]) 
     for shift in shifts:
         for site in shift.sites or sites:
             if site not in found:
-                raise DataError(f"there is no site {site!r}", where="data.shift.sites", fix=near(site, sites))
+                raise DataError(f"there is no site {site!r}", where="data.shift.sites", fix=nearest(site, sites))
             if shift.kind in found[site]:
                 what = f"{shift.kind} is given twice for {site}"
                 raise DataError(what, where="data.shift", fix="name the sites of each so that none is in both")
             found[site][shift.kind] = shift
         for name in shift.classes:
             if name not in classes:
-                raise DataError(f"there is no class {name!r}", where="data.shift.classes", fix=near(name, classes))
+                raise DataError(f"there is no class {name!r}", where="data.shift.classes", fix=nearest(name, classes))
     return {site: {kind: s for kind, s in by_kind.items() if not s.idle} for site, by_kind in found.items()}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from confrere.errors import ConfigError
 from confrere.learner import Learner
-from confrere.method import Method, register
-from confrere.methods.ditto import check_share, divide
+from confrere.method import register
+from confrere.methods.two_models import TwoModels, divide
 from confrere.tensors import State, Tensors
 from confrere.tokenset import Batch
 
@@ -23,7 +23,7 @@ from confrere.tokenset import Batch
     paper="Deng et al., Adaptive Personalized Federated Learning, 2020, arXiv 2003.13461",
 )
 @dataclass(frozen=True, kw_only=True)
-class APFL(Method):
+class APFL(TwoModels):
     """Predict with ``m = alpha v + (1 - alpha) w``, tensor by tensor: v is the site's own, w the global model.
 
     ``w`` is trained as in FedAvg. ``v`` is trained through the mixture with the site's own trained ``w'``, so its
@@ -48,22 +48,13 @@ class APFL(Method):
     alpha: float = 0.5
     adaptive: bool = True
     alpha_lr: float = 0.1
-    share: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ConfigError(f"{self.alpha} is out of range", where="method.alpha", fix="use 0 <= alpha <= 1")
         if not (0.0 <= self.alpha_lr < float("inf")):
             raise ConfigError(f"{self.alpha_lr} is out of range", where="method.alpha_lr", fix="use alpha_lr >= 0")
-        check_share(self.share)
-
-    def check(self, steps: int, rounds: int) -> None:
-        """Raise ConfigError where ``steps`` cannot be divided between two models."""
-        divide(steps, self.share)
-
-    def init_site(self, params: Tensors) -> State:
-        """Return nothing: the personal model starts from the first global one."""
-        return {"private": {}}
+        super().__post_init__()
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train the global model, then the personal one through the mixture, then move alpha."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -19,7 +20,7 @@ KEPT = "site."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attentive(Method):
+class Attentive(Method, ABC):
     """Keep each site's model w_i on the server and send site i the message ``u_i = sum_j a_ij w_j``.
 
     The site trains from ``u_i`` with the term ``pull/2 ||w - u_i||^2`` and predicts with its trained ``w_i``, of
@@ -35,13 +36,13 @@ class Attentive(Method):
         """The server compares the sites' models."""
         return "each"
 
+    @abstractmethod
     def attention(self, server: State, models: Mapping[str, Tensors], site: str) -> dict[str, float]:
         """Return ``a_ij`` of ``site`` for every other site: none negative, their sum at most 1; a_ii is the rest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull(self) -> float:
         """Return the factor of ``1/2 ||w - u||^2`` in the local loss."""
-        raise NotImplementedError
 
     def broadcast(self, server: State, site: str) -> State:
         """Return the mean model and, once the site has sent its own, the message for it."""

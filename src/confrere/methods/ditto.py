@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from confrere.errors import ConfigError
 from confrere.learner import Learner
-from confrere.method import Method, register
+from confrere.method import register
+from confrere.methods.two_models import TwoModels, divide
 from confrere.tensors import State, Tensors, sq_dist
 
 
@@ -18,7 +19,7 @@ from confrere.tensors import State, Tensors, sq_dist
     paper="Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021, arXiv 2012.04221",
 )
 @dataclass(frozen=True, kw_only=True)
-class Ditto(Method):
+class Ditto(TwoModels):
     """Train the global model as in FedAvg, and beside it a model of the site's own that may not stray far from it.
 
     With ``w`` the global model as received, site k keeps ``v`` and minimises ``F_k(v) + lam/2 ||v - w||^2``
@@ -37,20 +38,11 @@ class Ditto(Method):
     also_keeps: ClassVar[tuple[str, ...]] = ("personal model: adapter and head",)
 
     lam: float = 0.1
-    share: float = 0.5
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.lam < float("inf")):
             raise ConfigError(f"{self.lam} is out of range", where="method.lam", fix="use lam >= 0")
-        check_share(self.share)
-
-    def check(self, steps: int, rounds: int) -> None:
-        """Raise ConfigError where ``steps`` cannot be divided between two models."""
-        divide(steps, self.share)
-
-    def init_site(self, params: Tensors) -> State:
-        """Return nothing: the personal model starts from the first global one."""
-        return {"private": {}}
+        super().__post_init__()
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train the global model, then the personal one, whose loss the record shows."""
@@ -68,21 +60,3 @@ class Ditto(Method):
     def personal(self, received: State, state: State) -> Tensors:
         """Return the site's own model, or the global one before it has any."""
         return state.get("private") or received["shared"]
-
-
-def check_share(share: float) -> None:
-    """Raise ConfigError unless ``share`` leaves steps for both models."""
-    if not 0.0 < share < 1.0:
-        raise ConfigError(f"{share} is out of range", where="method.share", fix="use 0 < share < 1")
-
-
-def divide(steps: int, share: float) -> tuple[int, int]:
-    """Return a round's steps for the global and for the personal model, at least one each.
-
-    Raises:
-        ConfigError: a single step cannot be divided.
-    """
-    if steps < 2:
-        raise ConfigError("one step a round cannot train two models", where="train.steps", fix="use train.steps=2")
-    own = min(max(1, round(share * steps)), steps - 1)
-    return steps - own, own

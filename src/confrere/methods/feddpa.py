@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from confrere.errors import ConfigError
 from confrere.learner import Learner
-from confrere.method import register
-from confrere.methods.ditto import check_share, divide
+from confrere.method import register, rounds_before
 from confrere.methods.mixing import Mixing
+from confrere.methods.two_models import check_share, divide
 from confrere.tensors import State
 
 PAPER = "Yang et al., Dual-Personalizing Adapter for Federated Foundation Models, NeurIPS 2024, arXiv 2403.19211"
@@ -76,7 +76,7 @@ class FedDPAF(Mixing):
 
     def shared_rounds(self, rounds: int) -> int:
         """Return the last round in which the global adapter is trained (at least one)."""
-        return max(1, rounds - max(1, round(self.last * rounds)))
+        return rounds_before(self.last, rounds)
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train the global adapter, or, in the last rounds, the local one, of which nothing is sent."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from confrere.adapters import residual
 from confrere.adapters.algebra import pairs
 from confrere.learner import Learner
-from confrere.method import Method, Reply, register
+from confrere.method import Reply, register, sent_by
+from confrere.methods.merging import Merging
 from confrere.tensors import State, Tensors, pick
 
 
@@ -20,7 +20,7 @@ from confrere.tensors import State, Tensors, pick
     "Models, ACL 2025, arXiv 2410.09432",
 )
 @dataclass(frozen=True, kw_only=True)
-class FedExLoRA(Method):
+class FedExLoRA(Merging):
     """Average A and B, and add ``mean(B A) - mean(B) mean(A)`` to R, so that the model is that of the exact mean.
 
     A site computes with ``W0 + scale (R + B A)``: R is a slot beside the adapter, so the scale (alpha / r) counts
@@ -32,25 +32,9 @@ class FedExLoRA(Method):
     in every round.
     """
 
-    fixed: ClassVar[tuple[str, ...]] = (residual.SLOT,)
-
-    @property
-    def needs(self) -> Literal["sum", "each"]:
-        """The server multiplies each site's own factors."""
-        return "each"
-
-    def shared(self, name: str) -> bool:
-        """Everything that is trained is sent."""
-        return not residual.is_residual(name)
-
     def init_server(self, params: Tensors) -> State:
         """Hold the first adapter and head, and R = 0."""
         return {"shared": {**params, **residual.zero(params)}}
-
-    def broadcast(self, server: State, site: str) -> State:
-        """Send adapter and head, and R in a group that no site sends back."""
-        held = server["shared"]
-        return {"shared": pick(held, self.shared), residual.SLOT: pick(held, residual.is_residual)}
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return adapter and head, and R as a slot."""
@@ -63,7 +47,7 @@ class FedExLoRA(Method):
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average the factors and the head; add to R what the factors' mean lacks."""
-        sent = [(reply.weight, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+        sent = sent_by(replies)
         if not sent:
             return server
         mean = super().aggregate(server, replies)["shared"]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from confrere.errors import ConfigError
 from confrere.learner import Learner
-from confrere.method import Method, register
+from confrere.method import Method, register, rounds_before
 from confrere.tensors import State, Tensors
 
 
@@ -37,7 +37,7 @@ class FedITFineTuned(Method):
 
     def shared_rounds(self, rounds: int) -> int:
         """Return the last round in which adapters are averaged (at least one)."""
-        return max(1, rounds - max(1, round(self.finetune * rounds)))
+        return rounds_before(self.finetune, rounds)
 
     def init_site(self, params: Tensors) -> State:
         """Return nothing: a site has no adapter of its own until fine-tuning starts."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from confrere.learner import Learner
-from confrere.method import Method, Reply, register
+from confrere.method import Method, Reply, register, sent_by
 from confrere.tensors import State, Tensors, pick, weighted_mean
 
 PAPER = "Yang et al., FLOP: Federated Learning on Medical Datasets using Partial Networks, KDD 2021, arXiv 2102.05218"
@@ -38,7 +38,7 @@ class FLOP(Method):
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Return the unweighted mean of what was sent."""
-        sent = [(1.0, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+        sent = [(1.0, tensors) for _, tensors in sent_by(replies)]
         return {**server, "shared": weighted_mean(sent)} if sent else server
 
 

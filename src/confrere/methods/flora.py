@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -12,7 +12,8 @@ from confrere.adapters import lora, residual
 from confrere.adapters.names import layer_of, slot_of
 from confrere.adapters.ranks import rank_of
 from confrere.learner import Learner
-from confrere.method import Method, Reply, register
+from confrere.method import Reply, register, sent_by
+from confrere.methods.merging import Merging
 from confrere.seeds import torch_generator
 from confrere.tensors import State, Tensors, pick, weighted_mean
 
@@ -24,7 +25,7 @@ from confrere.tensors import State, Tensors, pick, weighted_mean
     "NeurIPS 2024, arXiv 2409.05976",
 )
 @dataclass(frozen=True, kw_only=True)
-class FLoRA(Method):
+class FLoRA(Merging):
     """Stack the factors, ``A = [A_1; ...; A_K]`` and ``B = [p_1 B_1, ..., p_K B_K]``: BA is the exact mean of products.
 
     The server adds it to R, and a site computes with ``W0 + scale R`` (slot ``residual``). Each round begins with
@@ -36,26 +37,11 @@ class FLoRA(Method):
     too. A head beside the adapters, averaged; local steps, a fresh optimiser in every round.
     """
 
-    fixed: ClassVar[tuple[str, ...]] = (residual.SLOT,)
     unequal: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> Literal["sum", "each"]:
-        """The server stacks each site's factors."""
-        return "each"
-
-    def shared(self, name: str) -> bool:
-        """Everything that is trained is sent."""
-        return not residual.is_residual(name)
 
     def init_server(self, params: Tensors) -> State:
         """Hold the head and R = 0; adapters have no memory."""
         return {"shared": {**pick(params, lambda n: slot_of(n) is None), **residual.zero(params)}}
-
-    def broadcast(self, server: State, site: str) -> State:
-        """Send the head, and R in a group that no site sends back."""
-        held = server["shared"]
-        return {"shared": pick(held, self.shared), residual.SLOT: pick(held, residual.is_residual)}
 
     def init_site(self, params: Tensors) -> State:
         """Keep the site's rank alone."""
@@ -76,7 +62,7 @@ class FLoRA(Method):
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Add the product of the stacks to R, average the head."""
-        sent = [(reply.weight, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+        sent = sent_by(replies)
         if not sent:
             return server
         rest = weighted_mean([(weight, pick(tensors, lambda n: slot_of(n) is None)) for weight, tensors in sent])

@@ -10,7 +10,7 @@ import torch
 
 from confrere.adapters.algebra import Pair, concat, named, pairs
 from confrere.errors import ConfigError
-from confrere.method import Method, Reply, register
+from confrere.method import Method, Reply, register, sent_by
 from confrere.tensors import State
 
 
@@ -52,7 +52,7 @@ class LoRAFair(Method):
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average factors and head, then correct B."""
-        sent = [(reply.weight, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+        sent = sent_by(replies)
         if not sent:
             return server
         mean = super().aggregate(server, replies)["shared"]

@@ -14,7 +14,7 @@ from confrere.adapters.names import side_of, slot_of
 from confrere.backbones import Backbone
 from confrere.errors import ConfigError
 from confrere.learner import Learner
-from confrere.method import Method, Reply, one_of
+from confrere.method import Method, Reply, one_of, sent_by
 from confrere.seeds import numpy_generator
 from confrere.tensors import State, Tensors, weighted_mean
 
@@ -91,7 +91,7 @@ class Mixing(Method):
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average what was sent with equal weights."""
-        sent = [(1.0, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+        sent = [(1.0, tensors) for _, tensors in sent_by(replies)]
         return {**server, "shared": weighted_mean(sent)} if sent else server
 
     def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:

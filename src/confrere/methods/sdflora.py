@@ -10,7 +10,8 @@ import torch
 
 from confrere.adapters.algebra import Pair, average_products, cut, named, pairs
 from confrere.adapters.names import slot_of
-from confrere.method import Method, Reply, one_of, register
+from confrere.adapters.ranks import rank_of
+from confrere.method import Method, Reply, one_of, register, sent_by
 from confrere.methods.flexlora import filled
 from confrere.tensors import State, Tensors, pick, weighted_mean
 
@@ -58,8 +59,7 @@ class SDFLoRA(Method):
 
     def init_site(self, params: Tensors) -> State:
         """Return the personal tensors, and the rank the site's general adapter has."""
-        rank = max(len(a) for a, _ in pairs(params, "general").values())
-        return {**super().init_site(params), "rank": {"general": torch.tensor(rank)}}
+        return {**super().init_site(params), "rank": {"general": torch.tensor(rank_of(params))}}
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return the general adapter cut to the site's rank, with what is the site's own."""
@@ -67,11 +67,11 @@ class SDFLoRA(Method):
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Stack and compress the general factors; average the head if it was sent."""
-        sent = [(reply.weight, reply.state["shared"]) for reply in replies if reply.state.get("shared")]
+        sent = sent_by(replies)
         if not sent:
             return server
         old = pairs(server["shared"], "general")
-        rank = max(len(a) for a, _ in old.values())
+        rank = rank_of(server["shared"])
         whole = [(weight, filled(tensors, server["shared"])) for weight, tensors in sent]
         new = pairs(average_products(whole, "general", rank), "general")
         general = named({layer: alive(pair, old[layer]) for layer, pair in new.items()}, "general")

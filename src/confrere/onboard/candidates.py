@@ -96,7 +96,7 @@ def _general(run: Path, experiment: Experiment, predictor: Predictor) -> dict[st
     )
     params = method.personal(method.broadcast(server, ""), method.init_site(first))
     rest = {name: value for name, value in params.items() if lora.slot_of(name) is None}
-    return {**merge_slots(params, (*method.slots, *method.fixed), into=SLOT), **rest}
+    return {**merge_slots(params, method.all_slots, into=SLOT), **rest}
 
 
 def recipes(offered: Offer, rows: TokenSet, new: Newcomer, seed: int) -> dict[str, Recipe]:

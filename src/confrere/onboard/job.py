@@ -15,6 +15,7 @@ from torch import Tensor
 from confrere.adapters import head, lora
 from confrere.adapters.folder import export
 from confrere.errors import ConfigError
+from confrere.export import base_name
 from confrere.learner import Learner, TrainSettings, predict
 from confrere.metrics import evaluate, fit_temperature, paired_gain, verdict
 from confrere.onboard.candidates import ALONE, HEAD, SLOT, Fitted, Offer, Recipe, balanced, nll, open_run, recipes
@@ -129,9 +130,8 @@ def _compare(
 def _save(out: Path, offered: Offer, found: Mapping[str, Any], params: Tensors) -> None:
     """Write the chosen model as a run writes a site's: ``confrere predict OUT`` reads it."""
     backbone, folder = offered.backbone, out / "adapters" / found["site"]
-    base = backbone.entry.source if backbone.entry.kind in ("transformers", "timm") else backbone.name
     chosen = {name: value for name, value in params.items() if lora.slot_of(name) == SLOT}
-    write_files(folder / SLOT, export(chosen, scale=backbone.scale, base_name=base))
+    write_files(folder / SLOT, export(chosen, scale=backbone.scale, base_name=base_name(backbone)))
     write_bytes(folder / HEAD, save({n: params[n].contiguous() for n in head.NAMES}))
     temperature = found["candidates"][found["chosen"]]["temperature"]
     changed = {"site": found["site"], "model": "onboarded", "chosen": found["chosen"], "temperature": temperature}
