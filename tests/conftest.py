@@ -1,10 +1,19 @@
-"""Settings of all tests."""
+"""Settings of all tests, and a count of the error codes they raise (G40)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from error_codes import on_page
 from hypothesis import HealthCheck, settings
+
+from confrere.errors import ConfrereError
+from confrere.federation.transport import Failure
+
+RAISED = pytest.StashKey[set[str]]()
 
 # Slow, shared machines: time says nothing about correctness.
 settings.register_profile("confrere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -14,3 +23,43 @@ settings.load_profile("confrere")
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note every code that is raised in this process."""
+    raised = config.stash.setdefault(RAISED, set())
+    for kind in (ConfrereError, Failure):  # a failure is an error of a site, as the journal has it
+        _note(kind, raised)
+
+
+def _note(kind: type[Any], raised: set[str]) -> None:
+    original = kind.__init__
+
+    def noted(self: Any, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        raised.add(self.code)
+
+    kind.__init__ = noted
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist noted."""
+    node.config.stash[RAISED].update(getattr(node, "workeroutput", {}).get("codes", []))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Fail a whole run of the fast tests in which some code was never raised."""
+    yield
+    config, raised = session.config, session.config.stash[RAISED]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["codes"] = sorted(raised)
+        return
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.keyword
+    if whole and "not slow" in config.option.markexpr and session.exitstatus == 0:
+        missing = on_page() - raised
+        print(f"\nG40: {len(on_page()) - len(missing)} of {len(on_page())} error codes raised by a test")
+        if missing:
+            print(f"never raised: {', '.join(sorted(missing))}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -227,14 +227,8 @@ def test_a_damaged_or_exchanged_part_is_refused(runs: dict[str, Path], tmp_path:
 
 
 def test_a_site_that_was_never_examined_takes_nothing_home(tmp_path: Path) -> None:
-    class Nothing:
-        """Stands for a backbone nobody asks for anything."""
-
-        entry = type("E", (), {"kind": "test", "source": "generated"})
-        name = "test-vit"
-
     results = {"sites": {"a": {"held_out": True, "models": {}}}, "classes": []}
-    export_adapters(tmp_path / "adapters", Nothing(), make("local"), {"shared": {}}, {}, results, 1)  # type: ignore[arg-type]
+    export_adapters(tmp_path / "adapters", make("local"), {"shared": {}}, {}, results, 1)
     assert not (tmp_path / "adapters").exists()
 
 

@@ -51,6 +51,21 @@ def test_every_adapter_of_the_method_gets_a_rank(
         suggest(hospitals, ["0.001"], [*SETTINGS, f"method={method}"])
 
 
+@pytest.mark.parametrize(("method", "able"), [("local", True), ("flexlora", True), ("hilora", False)])
+def test_a_method_that_cannot_carry_different_ranks_is_told_apart(
+    hospitals: Path, method: str, able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sites can bear the smallest of the ranks; and the line says which methods it is for."""
+    monkeypatch.setenv("CONFRERE_CACHE", str(hospitals.parent / "cache"))
+    lines = suggest(hospitals, ["100"], [*SETTINGS, f"method={method}"])
+    text = "\n".join(lines)
+    assert ("cannot carry different ranks" in text) == (not able)
+    if not able:
+        ranks = tomllib.loads(lines[-1])["adapter"]["ranks"]
+        assert f"{method} cannot carry different ranks. All sites bear adapter.rank = {min(ranks.values())}." in lines
+        assert "flexlora" in lines[-2]
+
+
 @pytest.mark.parametrize(
     ("memory", "said"),
     [(["east=3"], "no site 'east'"), (["much"], "'much' is no number"), (["north=9"], "no memory is given for south")],

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from confrere.commands import add_to
-from confrere.errors import ConfigError, ConfrereError, DataError
+from confrere.errors import ConfrereError, DataError
 
 app = typer.Typer(
     name="confrere",
@@ -68,19 +68,16 @@ def run(
     quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
 ) -> None:
     """Train a method and its controls on hospitals' images and write the report."""
-    from confrere.config import read
+    from confrere.arguments import named
     from confrere.data.paths import slug
 
-    values: dict[str, Any] = read(config) if config else {}
-    if path.suffix == ".toml" and path.is_file() and "path" in (found := read(path)):
-        values = {**found, **values}
-        path = Path(str(found["path"]))
+    path, values = named(path, config)
     options = {"rounds": rounds, "seed": seed, "hold_out": slug(hold_out) if hold_out else None}
     values |= {key: value for key, value in options.items() if value is not None}
     if method is not None:
         values["method"] = {"name": method}
-    named = [f"backbone.name={json.dumps(backbone)}"] if backbone is not None else []
-    _run(path, out, values, [*named, *(overrides or [])], quiet=quiet)
+    model = [f"backbone.name={json.dumps(backbone)}"] if backbone is not None else []
+    _run(path, out, values, [*model, *(overrides or [])], quiet=quiet)
 
 
 @app.command()
@@ -90,7 +87,7 @@ def resume(
     quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
 ) -> None:
     """Continue a run that was stopped, to the bytes it would have had."""
-    from confrere.job import stored_experiment
+    from confrere.fingerprint import stored_experiment
 
     _carry_out(stored_experiment(run), run, quiet=quiet, accept_drift=accept_drift)
 
@@ -132,11 +129,12 @@ def compare(
     config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
 ) -> None:
     """Train several methods with several seeds on one or more data sets and compare them fairly."""
+    from confrere.arguments import check_places
     from confrere.compare.command import carry_out, sort_out
 
     paths, overrides = sort_out(data)
     for path in paths:
-        _check_places(path, out)
+        check_places(path, out)
     kept: dict[str, Any] = {"methods": methods, "seeds": seeds, "out": out, "jobs": jobs, "trials": tune}
     found = carry_out(paths, overrides, **kept, controls=controls, target=target, config=config)
     for one in found["recommendation"]["sentences"]:
@@ -203,7 +201,7 @@ def main() -> None:
     try:
         app()
     except ConfrereError as error:
-        typer.echo(f"confrere: {error}", err=True)
+        typer.echo("confrere: " + printable(f"{error}\n  Code: {error.code}"), err=True)
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         _discard_output()
@@ -220,9 +218,15 @@ def main() -> None:
         if isinstance(error, OSError):
             _discard_output()
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("confrere: interrupted; continue: `confrere resume RUN`, a comparison by the same command", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130 and not end.__suppress_context__:  # typer's own end of Ctrl-C, which says nothing
+            typer.echo("confrere: interrupted; `confrere resume RUN` continues, a comparison its own command", err=True)
+        raise
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without control characters: the name of a file must not steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
 
 
 def _discard_output() -> None:
@@ -231,20 +235,13 @@ def _discard_output() -> None:
 
 
 def _run(path: Path, out: Path, values: dict[str, Any], overrides: list[str], *, quiet: bool = False) -> None:
-    from confrere.config import override, validate
+    from confrere.arguments import check_places, experiment_of
     from confrere.record.run import Run
 
-    _check_places(path, out)
-    experiment = validate(override({**values, "path": str(path.resolve())}, overrides))
+    check_places(path, out)
+    experiment = experiment_of(path, values, overrides)
     Run(out).make_new()
     _carry_out(experiment, out, quiet=quiet)
-
-
-def _check_places(path: Path, out: Path) -> None:
-    if not path.exists():
-        raise ConfigError("no such file or folder", where=str(path), fix="give a folder of sites, a CSV or a TOML file")
-    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-        raise ConfigError("the run would be written into the data", where="--out", fix="choose a place outside PATH")
 
 
 def _carry_out(experiment: Any, out: Path, *, quiet: bool, accept_drift: bool = False) -> None:

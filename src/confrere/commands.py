@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +40,46 @@ def ranks(
         typer.echo(line)
 
 
+def verify(
+    run: Annotated[Path, typer.Argument(help="directory of a run")],
+    public_key: Annotated[Path | None, typer.Option(help="PEM file of the key that must have signed it")] = None,
+) -> None:
+    """Check every line of a run's journal and compute every round's shared adapter again from what was sent."""
+    from confrere.verify import verify as check
+
+    for part in check(run, public_key):
+        typer.echo(part.sentence())
+
+
+def doctor(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH|EXPERIMENT.toml|RUN] [KEY.PATH=VALUE]...", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="where the run shall be written")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Find what would break a run before it begins, or a stopped one before it goes on; without PATH: the machine."""
+    from confrere.doctor import Finding, examine, sort_out, summary, verdict
+
+    path, overrides = sort_out(arguments or [])
+    found: list[Finding] = []
+    for finding in examine(path, overrides, out=out, config=config):
+        found.append(finding)
+        if not as_json:
+            typer.echo(finding.line())
+    code = verdict(found)
+    if as_json:
+        typer.echo(json.dumps({"exit_code": code, "findings": [asdict(finding) for finding in found]}, indent=1))
+    else:
+        typer.echo(summary(found))
+    raise typer.Exit(code)
+
+
 def add_to(app: typer.Typer) -> None:
     """Give ``app`` these commands."""
     app.command()(onboard)
     app.command()(ranks)
+    app.command()(verify)
+    app.command()(doctor)

@@ -5,105 +5,36 @@ One meaning, three forms: this object, a TOML file, and ``key.path=value`` overr
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from confrere import intake
 from confrere import methods as _methods  # noqa: F401  fills the registry of methods
+from confrere.choices import (
+    AdapterChoice,
+    AttackChoice,
+    BackboneChoice,
+    EngineChoice,
+    FederationChoice,
+    GateChoice,
+    Part,
+    RecordChoice,
+    SelectionChoice,
+    TrainChoice,
+)
 from confrere.data.options import DataOptions
 from confrere.errors import ConfigError, nearest
+from confrere.federation.defence import Defence
 from confrere.method import METHODS, Method, defaults, make
 
-
-class Part(BaseModel):
-    """A table of the experiment: frozen, no unknown keys, no NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-
-class BackboneChoice(Part):
-    """Which frozen model. ``depth`` keeps the first blocks (default: the registry's); ``sha256`` pins the weights."""
-
-    name: str = "dinov2-small-imgfocus"
-    depth: int | None = Field(default=None, ge=1)
-    image_size: int | None = Field(default=None, ge=8, le=2048)
-    sha256: str | None = None
-
-
-class AdapterChoice(Part):
-    """LoRA. ``rank`` is a site's total, divided among the adapters its method trains; ``ranks``: sites with another."""
-
-    rank: int = Field(default=16, ge=1, le=1024)
-    ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
-    blocks: int = Field(default=4, ge=1)
-    targets: str = "qv"
-    scale: float = Field(default=2.0, gt=0)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-
-    def rank_of(self, site: str) -> int:
-        """Return the rank of a site; the server's (site "") is the largest."""
-        return self.ranks.get(site, self.rank) if site else max(self.rank, *self.ranks.values(), 1)
-
-    @field_validator("targets")
-    @classmethod
-    def _regular_expression(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return value
-
-
-class TrainChoice(Part):
-    """Local training in one round; see :class:`confrere.learner.TrainSettings`."""
-
-    lr: float = Field(default=1e-3, gt=0, le=1)
-    weight_decay: float = Field(default=0.01, ge=0, le=1)
-    batch_size: int = Field(default=16, ge=1, le=4096)
-    steps: int = Field(default=10, ge=1)
-    balance: Literal["sampling", "weights", "none"] = "sampling"
-    loss: Literal["cross-entropy", "focal"] = "cross-entropy"
-    clip: float = Field(default=1.0, gt=0)
-    views: Literal[1, 2, 4, 8] = 1
-
-
-class FederationChoice(Part):
-    """Who takes part. ``weights``: a site counts by its training ``images`` or every site ``equal``."""
-
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    min_replies: int = Field(default=1, ge=1)
-    weights: Literal["images", "equal"] = "images"
-
-
-class SelectionChoice(Part):
-    """Which round is kept: the best on validation images, judged ``every`` so many rounds.
-
-    The criterion is the mean probability of the true class, averaged over classes and then over sites: with few
-    images of a class it is steadier than the balanced accuracy, which is shown beside it.
-
-    ``patience`` judgements without a better one end the run (0: never); ``images`` bounds the validation
-    images of a site that judge a round (0: all).
-    """
-
-    every: int = Field(default=1, ge=1)
-    patience: int = Field(default=0, ge=0)
-    images: int = Field(default=0, ge=0)
-
-
-class EngineChoice(Part):
-    """How the arithmetic is done.
-
-    ``precision``: ``bf16`` keeps the frozen model and its activations in bfloat16; adapters, head, loss and optimiser
-    stay float32. ``device``: ``cpu`` or ``cuda``.
-    """
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$")
+_DEEPEST = 8  # tables above a key
+MAY_DIFFER = ("adapter", "attack", "backbone", "engine", "federation", "gate", "train")
+"""Tables whose keys a method's label may set in a comparison, but for those that change how many steps are taken."""
+STEPS = ("train.steps", "federation.fraction")
 
 
 class Experiment(Part):
@@ -123,7 +54,10 @@ class Experiment(Part):
     adapter: AdapterChoice = AdapterChoice()
     train: TrainChoice = TrainChoice()
     federation: FederationChoice = FederationChoice()
+    gate: GateChoice = GateChoice()
+    attack: AttackChoice = AttackChoice()
     selection: SelectionChoice = SelectionChoice()
+    record: RecordChoice = RecordChoice()
     engine: EngineChoice = EngineChoice()
     data: DataOptions = DataOptions()
 
@@ -143,13 +77,14 @@ class Experiment(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
         if len(set(self.controls)) != len(self.controls):
-            raise ConfigError("a control is named twice", where="controls", fix="name each once")
+            raise ConfigError("a control is named twice", where="controls", fix="name each once", code="named-twice")
         # A comparison, which has no controls, may set such a method beside others.
         if self.hold_out and self.controls and not self.build_method().has_general():
             raise ConfigError(
                 f"{self.method['name']} makes no general model: a held-out site could not be scored",
                 where="hold_out",
                 fix="use a method that shares its head, or leave hold_out out",
+                code="no-general-model",
             )
         for method in (self.build_method(), *map(make, self.controls)):
             method.check(self.train.steps, self.rounds)
@@ -158,6 +93,7 @@ class Experiment(Part):
                     f"a rank of less than {len(method.slots)} cannot be divided among the adapters of {method.name}",
                     where="adapter.rank",
                     fix=f"use at least {len(method.slots)}",
+                    code="rank",
                 )
             if self.adapter.ranks and not (method.unequal or method.pools):
                 able = ", ".join(sorted(name for name, cls in METHODS.items() if cls.unequal))
@@ -165,28 +101,57 @@ class Experiment(Part):
                     f"{method.name} cannot carry adapters of different ranks",
                     where="adapter.ranks",
                     fix=f"leave adapter.ranks out, or use one of: {able}",
+                    code="rank",
                 )
+            self._refuse_depths(method)
         return self
+
+    def _refuse_depths(self, method: Method) -> None:
+        """Refuse other depths for methods that cannot carry them, for a site held out, and too few blocks."""
+        few = [site for site, depth in self.backbone.depths.items() if depth < self.adapter.blocks]
+        if self.backbone.depths and not (method.depths or method.pools):
+            able = ", ".join(sorted(name for name, cls in METHODS.items() if cls.depths))
+            what, fix = f"{method.name} cannot carry different depths", f"leave it out, or use one of: {able}"
+            raise ConfigError(what, where="backbone.depths", fix=fix)
+        if self.hold_out in self.backbone.depths:
+            what = "a held-out site only tests a model that all share, which has one depth"
+            raise ConfigError(what, where=f"backbone.depths.{self.hold_out}", fix="leave it out")
+        if few:
+            what = f"{self.adapter.blocks} blocks cannot be adapted when {self.backbone.depths[few[0]]} are kept"
+            raise ConfigError(what, where=f"backbone.depths.{few[0]}", fix="keep more, or use a smaller adapter.blocks")
 
     def build_method(self) -> Method:
         """Return the method this experiment trains."""
         options = {key: value for key, value in self.method.items() if key != "name"}
         return make(str(self.method["name"]), options)
 
+    def build_defence(self) -> Defence:
+        """Return what guards the average; the controls, which send nothing or train in one place, have none."""
+        method, choice = self.build_method(), self.federation
+        if method.pools or not method.sends:
+            return Defence()
+        return Defence(rule=choice.rule, byzantine=choice.byzantine, canonical=choice.canonical)
+
     def for_method(self, label: str, **changes: Any) -> Experiment:
         """Return the same experiment for another method, with no controls.
 
         Args:
-            label: a method's name, with options after colons: ``fedopal:head=local:lam=1.0``. The options of this
-                experiment's own method are kept for a method that has them with the same default, so that
-                what is not compared stays equal.
+            label: a method's name, with options after colons: ``fedopal:head=local:lam=1.0``. One with a dot is a key
+                of the experiment: ``fedit:federation.rule=median``. The options of this experiment's own method are
+                kept for a method that has them with the same default, so that what is not compared stays equal.
             changes: other keys to change.
+
+        Raises:
+            ConfigError: an unknown name, option or key, or a key of data or steps, which are the same for all.
         """
         name, *options = label.split(":")
+        keys = [one for one in options if "." in one.partition("=")[0]]
+        for one in keys:
+            _refuse_unequal(one.partition("=")[0].strip())
         ours, theirs = defaults(str(self.method["name"])), defaults(name)
         own = {key: value for key, value in self.method.items() if key in theirs and theirs[key] == ours.get(key)}
-        method = override({**own, "name": name}, options)
-        return validate({**self.model_dump(), "method": method, "controls": (), **changes})
+        method = override({**own, "name": name}, [one for one in options if one not in keys])
+        return validate({**override(self.model_dump(), keys), "method": method, "controls": (), **changes})
 
     def choices(self) -> dict[str, Any]:
         """Return every choice that results depend on, under its dotted key (``experiment.train.lr``)."""
@@ -209,22 +174,27 @@ def validate(values: Mapping[str, Any]) -> Experiment:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError("unknown key", where=where, fix=_valid_keys(where)) from None
+            raise ConfigError("unknown key", where=where, fix=_valid_keys(where), code="unknown-key") from None
         if first["type"] == "missing":
-            raise ConfigError("a required key is missing", where=where, fix=f"set {where}") from None
+            raise ConfigError(
+                "a required key is missing", where=where, fix=f"set {where}", code="missing-key"
+            ) from None
         raise ConfigError(
-            f"{first['msg']}; got {first['input']!r}", where=where, fix="see `confrere run --help`"
+            f"{first['msg']}; got {first['input']!r:.200}", where=where, fix="see `confrere run --help`"
         ) from None
 
 
 def read(path: Path) -> dict[str, Any]:
     """Return the values of a TOML file; ConfigError names line and column of a mistake."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"not valid TOML: {error}", where=str(path), fix="mend this line") from None
+        return intake.parse_toml(intake.read_bytes(path, intake.MOST_TOML))
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        fix = "give a TOML file as `confrere run` writes it: RUN/experiment.toml"
+        raise ConfigError(
+            f"cannot be read: {error.strerror}", where=str(path), fix=fix, code="unreadable-file"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"not valid TOML: {error}", where=str(path), fix="mend this line", code="not-toml") from None
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -237,22 +207,29 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"{assignment!r} is not an assignment", fix="write key.path=value, e.g. train.lr=1e-3")
+            fix = "write key.path=value, e.g. train.lr=1e-3"
+            raise ConfigError(
+                f"{assignment!r:.100} is not an assignment", where="command line", fix=fix, code="override"
+            )
         *tables, last = key.strip().split(".")
+        if len(tables) > _DEEPEST:
+            raise ConfigError("a key has too many parts", where=key[:80], fix="write key.path=value", code="override")
         target = result
         for table in tables:
             target = target.setdefault(table, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"{table!r} holds a value, not a table", where=key)
+                fix = "write key.path=value, e.g. train.lr=1e-3"
+                raise ConfigError(f"{table!r} holds a value, not a table", where=key, fix=fix, code="override")
         target[last] = _parse(text.strip())
     return result
 
 
 def _parse(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        found = intake.parse_toml(f"v = {text}".encode())
+    except ValueError:
         return text
+    return found["v"] if len(found) == 1 else text
 
 
 def _valid_keys(where: str) -> str:
@@ -275,6 +252,21 @@ def _all_keys() -> list[str]:
         inner = getattr(info.annotation, "model_fields", None)
         keys += [f"{name}.{key}" for key in inner] if inner else [name]
     return keys
+
+
+def _refuse_unequal(key: str) -> None:
+    """Raise ConfigError unless methods of one comparison may differ in ``key``: in data and steps they may not."""
+    known = _all_keys()
+    may = [one for one in known if one.partition(".")[0] in MAY_DIFFER and one not in STEPS]
+    table = ".".join(key.split(".")[:2])  # adapter.ranks of adapter.ranks.north
+    if table in may:
+        return
+    if table in known:
+        fix = "leave it out of --methods and give it for all, beside the data"
+        raise ConfigError(
+            "methods of one comparison have the same data and steps", where=key, fix=fix, code="comparison"
+        )
+    raise ConfigError("unknown key", where=key, fix=nearest(key, may), code="unknown-key")
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:

@@ -19,12 +19,16 @@ from collections.abc import Collection
 
 
 class ConfrereError(Exception):
-    """Base class: ``what`` is wrong, ``where`` (file, site, round, key) and how to ``fix`` it."""
+    """Base class: ``what`` is wrong, ``where`` (file, site, round, key), how to ``fix`` it, and a stable ``code``.
+
+    Codes are listed in ``docs/errors.md``; one that is not given is the class's own.
+    """
 
     exit_code = 1
+    code = "internal"
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
+    def __init__(self, what: str, *, where: str = "", fix: str = "", code: str = "") -> None:
+        self.what, self.where, self.fix, self.code = what, where, fix, code or type(self).code
         super().__init__(self.reason + (f"\n  Fix: {fix}" if fix else ""))
 
     @property
@@ -37,6 +41,7 @@ class ConfigError(ConfrereError):
     """An experiment, option or combination of options is wrong."""
 
     exit_code = 2
+    code = "value"
 
 
 class DataError(ConfrereError):
@@ -67,12 +72,14 @@ class TrainingError(ConfrereError):
     """Local training diverged."""
 
     exit_code = 7
+    code = "diverged"
 
 
 class MissingExtraError(ConfrereError):
     """An optional package is not installed."""
 
     exit_code = 8
+    code = "missing-extra"
 
     def __init__(self, package: str, extra: str, *, needed_for: str) -> None:
         super().__init__(

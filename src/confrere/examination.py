@@ -42,7 +42,9 @@ def examine_sites(
         }
         for reply in transport.exchange(requests):
             if isinstance(reply, Failure):
-                raise RunError(f"the examination failed: {reply.reason}", where=f"site {reply.site}")
+                raise RunError(
+                    f"the examination failed: {reply.reason}", where=f"site {reply.site}", code="examination"
+                )
             sites[reply.site]["models"][model] = reply.metrics["metrics"]
             if model == "personalised" or reply.site == experiment.hold_out:
                 sites[reply.site] |= {k: v for k, v in reply.metrics.items() if k != "metrics"}

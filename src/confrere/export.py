@@ -21,7 +21,6 @@ from confrere.tensors import State
 
 def export_adapters(
     folder: Path,
-    backbone: Backbone,
     method: Method,
     server: State,
     sites: Mapping[str, Site],
@@ -33,13 +32,13 @@ def export_adapters(
     ``merged`` holds all slots as one adapter of summed rank, where the method's prediction is their sum.
     ``head.safetensors`` holds all that is no LoRA factor: the head, and norms or gates of methods that have them.
     """
-    base = base_name(backbone)
     for name, entry in results["sites"].items():
         model: Literal["general", "personalised"] = "general" if entry["held_out"] else "personalised"
         if "temperature" not in entry:  # never examined: held out by a method without a general model
             continue
         request = Request(kind="evaluate", round=round_, state=method.broadcast(server, name), model=model)
-        params = sites[name].params(request)
+        params, backbone = sites[name].params(request), sites[name].backbone
+        base = base_name(backbone)
         for slot in method.all_slots:
             chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
             write_files(folder / name / slot, export(chosen, scale=backbone.scale, base_name=base))

@@ -6,31 +6,35 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from confrere.adapters import lora
-from confrere.backbones import REGISTRY, Backbone, default_size, load
-from confrere.config import Experiment, read, validate
-from confrere.data.federation import Federation, load_federation
-from confrere.data.numbers import holds_numbers
+from confrere.backbones import Backbone
+from confrere.config import Experiment
+from confrere.data.federation import Federation
 from confrere.data.paths import RESERVED as POOLED
-from confrere.errors import ConfigError, RunError
 from confrere.examination import examine_sites
 from confrere.export import export_adapters
-from confrere.federation.loop import Plan, best_round, cohort_size, federate
+from confrere.federation.attacks import DATA, Attacked, flip_labels
+from confrere.federation.gate import Gate
+from confrere.federation.loop import Plan, federate
+from confrere.federation.sampling import cohort_size
+from confrere.federation.selection import best_round
 from confrere.federation.site import Site
-from confrere.federation.transport import InProcess
+from confrere.federation.transport import InProcess, Transport
+from confrere.fingerprint import begin, inputs, stamp
 from confrere.initial import initial_params
 from confrere.learner import TrainSettings
-from confrere.method import Method
+from confrere.method import Method, Request
+from confrere.opening import depth_of, load_backbone, open_data
 from confrere.prefix import cache_dir, join, tokens
-from confrere.record.files import read_json, write_bytes, write_json, write_state
-from confrere.record.machine import cores, machine
+from confrere.record.files import as_json, read_json, write_bytes, write_json, write_state
+from confrere.record.machine import cores
 from confrere.record.run import Run
-from confrere.tensors import Tensors
+from confrere.tensors import State, Tensors
 from confrere.tokenset import TokenSet
 from confrere.verdicts import verdicts
 
@@ -39,13 +43,30 @@ Notify = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """An experiment with its data read and its backbone loaded, for one method."""
+    """An experiment with its data read and its backbones loaded, for one method.
+
+    ``backbones`` are one object for all sites of the same depth; the server's, the deepest, stands under "".
+    """
 
     experiment: Experiment
     method: Method
     federation: Federation
-    backbone: Backbone
+    backbones: Mapping[str, Backbone]
     data: Mapping[str, TokenSet]
+
+    @property
+    def backbone(self) -> Backbone:
+        """Return the server's backbone, which is every site's unless their depths differ."""
+        return self.backbones[""]
+
+    def backbone_of(self, site: str) -> Backbone:
+        """Return the backbone of a site; the pooled one has the server's."""
+        return self.backbones.get(site, self.backbone)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says about the backbone, with the ``depths`` of sites where they differ."""
+        depths = {site: backbone.depth for site, backbone in self.backbones.items() if site}
+        return self.backbone.describe() | ({"depths": depths} if len(set(depths.values())) > 1 else {})
 
     @property
     def training_sites(self) -> list[str]:
@@ -68,7 +89,7 @@ def run_experiment(
     with run.lock():
         federation = open_data(experiment, out)
         torch.set_num_threads(threads(experiment, federation))
-        _begin(out, experiment, federation, accept_drift=accept_drift)
+        begin(out, experiment, federation, accept_drift=accept_drift)
         notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
         names = [str(experiment.method["name"]), *experiment.controls]
         for name in dict.fromkeys(names):
@@ -85,94 +106,30 @@ def threads(experiment: Experiment, federation: Federation) -> int:
     return experiment.threads or max(1, cores() // len(federation.sites))
 
 
-def open_data(experiment: Experiment, out: Path) -> Federation:
-    """Return the federation of an experiment with the split of ``out`` (written there the first time)."""
-    spec = experiment.backbone
-    _check_kind(experiment)
-    size = experiment.data.image_size or default_size(spec.name, spec.image_size)
-    federation = load_federation(
-        Path(experiment.path),
-        options=experiment.data,
-        image_size=size,
-        seed=experiment.split_seed,
-        cache=cache_dir(),
-        splits=out / "splits.csv",
-    )
-    if experiment.hold_out is not None:
-        federation.site(experiment.hold_out)  # DataError names the sites when there is none of this name
-        if len(federation.sites) < 2:
-            raise ConfigError("the only site cannot be held out", where="hold_out", fix="leave it out")
-    trainers = len(federation.sites) - (experiment.hold_out is not None)
-    asked = cohort_size(experiment.federation.fraction, trainers)
-    if experiment.federation.min_replies > asked:
-        raise ConfigError(
-            f"{experiment.federation.min_replies} replies are needed, but only {asked} sites are asked a round",
-            where="federation.min_replies",
-            fix=f"use at most {asked}",
-        )
-    return federation
-
-
-def _check_kind(experiment: Experiment) -> None:
-    """Refuse a backbone for images on a table of numbers, and the other way round."""
-    name = experiment.backbone.name
-    reads = name in REGISTRY and REGISTRY[name].kind == "numbers"
-    given = holds_numbers(Path(experiment.path), experiment.data)
-    if reads != given:
-        raise ConfigError(
-            f"{name} reads {'rows of numbers' if reads else 'images'}, the data are "
-            f"{'rows of numbers' if given else 'images'}",
-            where="backbone.name",
-            fix="use backbone.name=mlp" if given else "use a backbone for images, see `confrere backbones`",
-        )
-    if given and experiment.train.views > 1:
-        raise ConfigError("rows of numbers have one orientation", where="train.views", fix="use train.views=1")
-
-
-def load_backbone(experiment: Experiment, federation: Federation) -> Backbone:
-    """Return the frozen model with room for what the method trains."""
-    method, spec, adapter = experiment.build_method(), experiment.backbone, experiment.adapter
-    return load(
-        spec.name,
-        lora=lora.LoraSpec(
-            slots=method.all_slots,
-            blocks=adapter.blocks,
-            targets=adapter.targets,
-            scale=adapter.scale,
-            dropout=adapter.dropout,
-            **method.extensions,
-        ),
-        depth=spec.depth or (REGISTRY[spec.name].keep if spec.name in REGISTRY else None),
-        image_size=federation.image_size,
-        sha256=spec.sha256,
-        device=experiment.engine.device,
-        precision=experiment.engine.precision,
-    )
-
-
 def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Task:
-    """Load the backbone for the method's adapters and compute (or find) every image's frozen prefix."""
+    """Load the backbones for the method's adapters and compute (or find) every image's frozen prefix."""
     method = experiment.build_method()
     torch.set_num_threads(experiment.threads or cores())  # bits of the prefix do not depend on it
-    backbone = load_backbone(experiment, federation)
+    depths = {name: depth_of(experiment, federation, name) for name in ("", *(site.name for site in federation.sites))}
+    made = {depth: load_backbone(experiment, federation, depth) for depth in dict.fromkeys(depths.values())}
+    backbones = {name: made[depth] for name, depth in depths.items()}
 
     def progress(site: str, done: int, total: int) -> None:
         notify({"event": "prefix", "site": site, "done": done, "total": total})
 
     classes, cache = federation.classes, cache_dir()
+    views = {site.name: 1 if site.name == experiment.hold_out else experiment.train.views for site in federation.sites}
     data = {
-        site.name: tokens(
-            backbone, site, classes, cache, progress, 1 if site.name == experiment.hold_out else experiment.train.views
-        )
+        site.name: tokens(backbones[site.name], site, classes, cache, progress, views[site.name])
         for site in federation.sites
     }
-    return Task(experiment=experiment, method=method, federation=federation, backbone=backbone, data=data)
+    return Task(experiment=experiment, method=method, federation=federation, backbones=backbones, data=data)
 
 
 def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
     """Run the rounds, choose one by validation data, examine it on test data, export its adapters."""
     run, experiment, method = Run(path), task.experiment, task.method
-    write_json(path / "backbone.json", task.backbone.describe())
+    write_json(path / "backbone.json", task.describe())
     started = time.perf_counter()
     sites = {name: make_site(task, name, run) for name in task.data}
     if method.pools:
@@ -184,6 +141,8 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
         min_replies=1 if method.pools else experiment.federation.min_replies,
         every=experiment.selection.every,
         patience=experiment.selection.patience,
+        run=stamp(experiment, task.federation),
+        keep=experiment.record.keep,
         train=(POOLED,) if method.pools else tuple(task.training_sites),
         judge=tuple(task.training_sites),
     )
@@ -195,14 +154,54 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
     else:
         torch.set_num_threads(each)
         transport = InProcess(sites, experiment.workers or max(1, cores() // each))
-    federate(method, server, transport, plan, run, notify)
+    if not run.events():
+        run.append(inputs(experiment, task.federation, task.describe()))
+    over = attacked(transport, experiment) if method.sends and not method.pools else transport
+    federate(method, server, over, plan, run, notify, gate=make_gate(task, sites), defence=experiment.build_defence())
     events = run.events()
     chosen = best_round(events)
     notify({"event": "examine", "round": chosen})
     results = examine_sites(experiment, task.federation.classes, list(task.data), run, transport, chosen)
-    export_adapters(path / "adapters", task.backbone, method, run.server(chosen), sites, results, chosen)
+    export_adapters(path / "adapters", method, run.server(chosen), sites, results, chosen)
     results["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(path / "results.json", results)
+    finish(run, path, results)
+
+
+def make_gate(task: Task, sites: Mapping[str, Site]) -> Gate:
+    """Return what every answer passes; sites of equal rank and depth send the same form, drawn once."""
+    experiment, forms = task.experiment, dict[tuple[int, int], Tensors]()
+
+    def expected(site: str, asked: Request) -> State:
+        kind = (experiment.adapter.rank_of(site), task.backbone_of(site).depth)
+        if kind not in forms:
+            forms[kind] = initial(task, site)
+        return task.method.payload(forms[kind], asked.state, asked.round, experiment.rounds)
+
+    return Gate(
+        method=task.method,
+        run=stamp(experiment, task.federation),
+        expected=expected,
+        weights={name: site.weight for name, site in sites.items()},
+        **experiment.gate.model_dump(),
+    )
+
+
+def attacked(transport: Transport, experiment: Experiment) -> Transport:
+    """Return the transport with the simulated attackers of an experiment, if it has any."""
+    attack = experiment.attack
+    if not attack.sites:
+        return transport
+    return Attacked(transport, attack.name, attack.sites, attack.strength, experiment.seed)
+
+
+def finish(run: Run, path: Path, results: Mapping[str, Any]) -> None:
+    """Write results.json, which says that the training is done; before it, the journal's digests of what was made."""
+    content = as_json(results)
+    made = [f for f in sorted((path / "adapters").rglob("*")) if f.is_file()]
+    files = {f.relative_to(path).as_posix(): sha256(f.read_bytes()).hexdigest() for f in made}
+    files["results.json"] = sha256(content).hexdigest()
+    run.append({"event": "end", "round": results["round"], "files": files})
+    write_bytes(path / "results.json", content)
 
 
 def make_site(task: Task, name: str, run: Run) -> Site:
@@ -211,6 +210,8 @@ def make_site(task: Task, name: str, run: Run) -> Site:
     data = join([task.data[s] for s in task.training_sites]) if name == POOLED else task.data[name]
     cohort = cohort_size(experiment.federation.fraction, len(task.training_sites))
     steps = choice.steps * (cohort if name == POOLED else 1)  # as many as all asked sites together
+    if experiment.attack.name in DATA and name in experiment.attack.sites and task.method.sends:
+        data = flip_labels(data, experiment.attack.strength, experiment.seed, name)
     examples = len(data.rows("train"))
     store = run.store(name)
 
@@ -220,7 +221,7 @@ def make_site(task: Task, name: str, run: Run) -> Site:
     return Site(
         name=name,
         method=task.method,
-        backbone=task.backbone,
+        backbone=task.backbone_of(name),
         data=data,
         initial=partial(initial, task, name),
         store=store,
@@ -235,9 +236,9 @@ def make_site(task: Task, name: str, run: Run) -> Site:
 
 def initial(task: Task, site: str) -> Tensors:
     """Return what is trained, before training; see :func:`confrere.initial.initial_params`."""
-    experiment, classes = task.experiment, len(task.federation.classes)
-    rank, full = experiment.adapter.rank_of(site), experiment.adapter.rank_of("")
-    return initial_params(task.backbone, task.method, site, classes=classes, rank=rank, full=full, seed=experiment.seed)
+    rank_of, classes = task.experiment.adapter.rank_of, len(task.federation.classes)
+    options = {"classes": classes, "rank": rank_of(site), "full": rank_of(""), "seed": task.experiment.seed}
+    return initial_params(task.backbone_of(site), task.method, site, **options)
 
 
 def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
@@ -247,40 +248,3 @@ def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
     found = verdicts(out, controls, sites, seed=experiment.seed)
     write_json(out / "verdicts.json", found)
     return found
-
-
-def stored_experiment(out: Path) -> Experiment:
-    """Return the experiment of a run to resume; RunError when there is no run."""
-    if not (out / "experiment.toml").exists():
-        raise RunError("no run here", where=str(out), fix="give the --out directory of `confrere run`")
-    return validate(read(out / "experiment.toml"))
-
-
-def _begin(out: Path, experiment: Experiment, federation: Federation, *, accept_drift: bool) -> None:
-    """Write what a run begins with, or refuse one that began with something else."""
-    now = {**machine(), **experiment.choices()}
-    if (out / "experiment.toml").exists():
-        then = read_json(out / "machine.json")
-        changed = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**now, **then} if then.get(k) != now.get(k)]
-        if changed and not accept_drift:
-            raise RunError(
-                "machine, packages or experiment changed since this run began: " + "; ".join(changed),
-                where=str(out),
-                fix="restore them, choose another --out, or resume with --accept-drift and give up bit-identity",
-            )
-        if read_json(out / "federation.json")["digest"] != federation.digest:
-            raise RunError("the data changed since this run began", where=str(out), fix="start a new run")
-        if changed:
-            Run(out).append({"event": "drift", "changed": changed})
-        return
-    write_json(out / "machine.json", now)
-    kept = {
-        "name": federation.name,
-        "synthetic": federation.synthetic,
-        "classes": list(federation.classes),
-        "image_size": list(federation.image_size),
-        "digest": federation.digest,
-        "sheet": federation.sheet,
-    }
-    write_json(out / "federation.json", kept)
-    write_bytes(out / "experiment.toml", experiment.toml().encode())

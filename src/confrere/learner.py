@@ -171,6 +171,7 @@ class Learner:
                         "the training loss or its gradient is not finite",
                         where=f"site {self.site}, round {self.round}, step {len(losses)}",
                         fix="lower train.lr, or lower method.lam if the method has one",
+                        code="diverged",
                     )
                 optimiser.step()
         self.metrics["loss"] = sum(losses) / max(1, len(losses))
@@ -184,7 +185,9 @@ class Learner:
     def sweep(self, split: str, *, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Yield all images of ``train`` or ``val`` once, in order (or the first ``limit``), on the device."""
         if split == "test":
-            raise TrainingError("test images do not train", where=f"site {self.site}", fix="use train or val")
+            raise TrainingError(
+                "test images do not train", where=f"site {self.site}", fix="use train or val", code="diverged"
+            )
         rows = self.data.rows(split)[:limit]
         parts = (self.data.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
         yield from feed(parts, self.backbone.device)
@@ -268,5 +271,5 @@ def predict(
 def refuse_infinite(logits: Tensor) -> Tensor:
     """Return the logits, or raise TrainingError when one is not finite."""
     if not torch.isfinite(logits).all():
-        raise TrainingError("what the adapters predict is not finite", fix="lower train.lr")
+        raise TrainingError("what the adapters predict is not finite", fix="lower train.lr", code="diverged")
     return logits

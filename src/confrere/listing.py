@@ -96,13 +96,7 @@ def method_page() -> str:
     groups: dict[str, list[str]] = {"One model for all sites": [], "A model of each site's own": [], "Controls": []}
     for row in method_rows():
         control = row["name"] in ("local", "pooled")
-        group = (
-            "Controls"
-            if control
-            else "A model of each site's own"
-            if row["keeps"] not in ([], ["general A"])
-            else "One model for all sites"
-        )
+        group = "Controls" if control else "A model of each site's own" if row["keeps"] else "One model for all sites"
         sends, keeps = (", ".join(row[key]) or "nothing" for key in ("sends", "keeps"))
         cells = (f"[{row['name']}]({row['name']}.md)", row["title"], sends, keeps, row["needs"])
         groups[group].append(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the server asks of one site in one round.
+    """What the server asks of one site in one round of the run with the stamp ``run``.
 
     ``split`` and ``model`` matter to ``evaluate`` only: ``general`` asks for the model of a site that never
     trained, i.e. what an unseen hospital would get.
@@ -34,16 +34,21 @@ class Request:
     kind: Literal["train", "evaluate"]
     round: int
     state: State
+    run: str = ""
     split: Literal["val", "test"] = "val"
     model: Literal["personalised", "general"] = "personalised"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a site answers: the payload (only groups the method ``sends``), its weight, and plain numbers."""
+    """What a site answers: the payload (only groups the method ``sends``), its weight, and plain numbers.
+
+    ``site``, ``round`` and ``run`` stamp it: an answer to another request is refused.
+    """
 
     site: str
     round: int
+    run: str = ""
     state: State = field(default_factory=dict)
     weight: float = 1.0
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +76,10 @@ class Method:
     """Whether the layer norms of the adapted blocks are trained, too."""
     unequal: ClassVar[bool] = False
     """Whether sites may have adapters of different ranks."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Groups of the payload that a site may leave out."""
+    depths: ClassVar[bool] = False
+    """Whether sites may keep different numbers of the backbone's blocks."""
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """What tuning tries beside the learning rate: ``("log", low, high)``, ``("linear", low, high)`` or choices."""
     also_sends: ClassVar[tuple[str, ...]] = ()
@@ -118,6 +127,23 @@ class Method:
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train on one site; return the payload for the server and the site's new state."""
         return self.split(learner.fit(self.personal(received, state)))
+
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return the form of what :meth:`update` sends, by which the gate refuses everything else; values say nothing.
+
+        Groups that are ``optional`` may be missing. Where sites may be ``unequal`` a lower rank will do, too.
+
+        Args:
+            params: what the site starts from: names, shapes and dtypes count (see :mod:`confrere.initial`).
+            received: what the server sent it in this round.
+            round_: counts from 1.
+            rounds: of the run.
+        """
+        return {"shared": pick(params, self.shared)} if "shared" in self.sends else {}
+
+    def plausible(self, payload: State) -> bool:
+        """Return whether numbers that are no weights, such as an index, can be meant; their form is right already."""
+        return True
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Return the server's new state from replies sorted by site: the weighted mean of what was sent."""
@@ -187,12 +213,19 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
         ConfigError: unknown name or option (the nearest valid one is named), or a value out of range.
     """
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}", where="method.name", fix=nearest(name, METHODS))
+        raise ConfigError(
+            f"unknown method {name!r}", where="method.name", fix=nearest(name, METHODS), code="unknown-name"
+        )
     cls, options = METHODS[name], dict(options or {})
     known = {f.name: f for f in fields(cls)}
     for key, value in options.items():
         if key not in known:
-            raise ConfigError(f"method {name!r} has no option {key!r}", where=f"method.{key}", fix=nearest(key, known))
+            raise ConfigError(
+                f"method {name!r} has no option {key!r}",
+                where=f"method.{key}",
+                fix=nearest(key, known),
+                code="unknown-key",
+            )
         default = known[key].default
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             options[key] = float(value)
@@ -215,4 +248,6 @@ def defaults(name: str) -> dict[str, Any]:
 def one_of(where: str, value: str, choices: Sequence[str]) -> None:
     """Raise ConfigError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ConfigError(f"{value!r} is not a choice", where=where, fix=f"use one of: {', '.join(choices)}")
+        raise ConfigError(
+            f"{value!r} is not a choice", where=where, fix=f"use one of: {', '.join(choices)}", code="unknown-name"
+        )

@@ -6,19 +6,21 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from confrere import intake
 from confrere.adapters import lora
 from confrere.adapters.folder import import_
 from confrere.backbones import Backbone, load
 from confrere.config import read
-from confrere.data.decode import BadImageError, decode
+from confrere.data.decode import BadImageError, decode, read_picture
 from confrere.data.options import DataOptions
-from confrere.errors import DataError, RunError
+from confrere.data.paths import Root
+from confrere.errors import BackboneError, DataError, RunError
 from confrere.method import Method, make
 from confrere.record.files import read_json, write_bytes
 from confrere.tensors import Tensors
@@ -28,25 +30,27 @@ class Predictor:
     """A site's model, loaded from ``RUN/adapters/<site>``."""
 
     def __init__(self, run: Path, site: str) -> None:
-        folder = run / "adapters" / site
+        folder = _below(run / "adapters", site)
         if not (folder / "head.json").exists():
             known = sorted(p.parent.name for p in (run / "adapters").glob("*/head.json"))
             raise RunError(
                 f"the run holds no adapters of site {site!r}",
                 where=str(run),
                 fix=f"use one of: {', '.join(known)}" if known else "finish the run first: confrere resume RUN",
+                code="unknown-site",
             )
-        self.info = read_json(folder / "head.json")
+        self.info = _info(folder / "head.json")
         self.classes: list[str] = self.info["classes"]
         slots: list[str] = self.info["slots"]
         params: dict[str, torch.Tensor] = {}
         for slot in slots:
-            params |= import_(folder / slot, slot=slot, scale=self.info["scale"])
-        self.params: Tensors = {**params, **_head(folder / "head.safetensors")}
-        options = dict(self.info["method"])
-        self.method = make(options.pop("name"), options)
+            params |= import_(_below(folder, slot), slot=slot, scale=self.info["scale"])
+        self.params: Tensors = {**params, **read_head(folder / "head.safetensors")}
+        chosen = self.info["method"]
+        self.method = make(chosen["name"], {key: value for key, value in chosen.items() if key != "name"})
+        given = read(run / "experiment.toml").get("backbone")
         self.backbone: Backbone = load(
-            str(read(run / "experiment.toml").get("backbone", {}).get("name", self.info["backbone"])),
+            str(given.get("name", self.info["backbone"]) if isinstance(given, dict) else self.info["backbone"]),
             lora=lora.LoraSpec(
                 slots=tuple(slots),
                 blocks=self.info["blocks"],
@@ -56,11 +60,28 @@ class Predictor:
                 **self.method.extensions,
             ),
             depth=self.info["depth"],
-            image_size=tuple(self.info["image_size"]),
+            image_size=self.info["image_size"],
             pool=self.info["pool"],
             precision=self.info["precision"],
             sha256=self.info["backbone_sha256"],
         )
+        self._try(folder)
+
+    def _try(self, folder: Path) -> None:
+        """Refuse tensors that do not fit the backbone or the classes: one empty image must get finite scores."""
+        height, width = self.backbone.image_size
+        table = self.backbone.anatomy.accept is not None
+        empty = np.zeros((1, height, width) if table else (1, height, width, 3), np.float32 if table else np.uint8)
+        try:
+            found = self.probabilities(empty)
+        except BackboneError as error:
+            raise RunError(
+                error.what, where=str(folder), fix="put the exported files back together", code="prediction"
+            ) from error
+        except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:  # torch's and the methods' own
+            raise _unfit(folder) from error
+        if found.shape != (1, len(self.classes)) or not np.isfinite(found).all():
+            raise _unfit(folder)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return calibrated probabilities (B, K) of decoded images (B, H, W, 3) uint8."""
@@ -97,14 +118,70 @@ class Predictor:
                 f"{self.method.name} weighs several passes or adapters for each image: no map shows what it looks at",
                 where="overlays",
                 fix="predict without --overlay",
+                code="prediction",
             )
 
 
-def _head(path: Path) -> Tensors:
+class _Info(BaseModel):
+    """``head.json``, as :func:`confrere.export.export_adapters` writes it."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    classes: list[str] = Field(min_length=2)
+    slots: list[str] = Field(min_length=1)
+    method: dict[str, Any]
+    backbone: str
+    backbone_sha256: str
+    depth: int
+    blocks: int
+    targets: str
+    scale: float = Field(gt=0)
+    temperature: float = Field(gt=0)
+    image_size: list[int] = Field(min_length=2, max_length=2)
+    pool: Literal["cls", "mean", "cls+mean"]
+    precision: Literal["fp32", "bf16"]
+
+
+def _info(path: Path) -> dict[str, Any]:
+    found = read_json(path)
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError("the head is missing or damaged", where=str(path), fix="put the exported file back") from error
+        checked = _Info.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RunError(
+            f"{key}: {first['msg']}", where=str(path), fix="put the exported file back", code="run-file"
+        ) from error
+    return {**found, "image_size": tuple(checked.image_size)}
+
+
+def _below(folder: Path, name: str) -> Path:
+    """Return the folder ``name`` of ``folder``, which no name may leave."""
+    try:
+        return Root(folder).join(name)
+    except ValueError as error:
+        raise RunError(
+            f"{name!r:.80} names no folder here: {error}", where=str(folder), fix="mend the name", code="run-file"
+        ) from error
+
+
+def _unfit(folder: Path) -> RunError:
+    fix = "put the exported files of one run back together"
+    return RunError(
+        "the tensors do not fit the backbone or the classes", where=str(folder), fix=fix, code="adapter-folder"
+    )
+
+
+def read_head(path: Path) -> Tensors:
+    """Return what an exported ``head.safetensors`` holds; RunError if it is missing or damaged."""
+    try:
+        return intake.load_weights(path, intake.WEIGHTS | intake.NUMBERS)  # a head may hold an index, too
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", error)
+        fix = "put the exported file back"
+        raise RunError(
+            f"the head is missing or damaged: {why}", where=str(path), fix=fix, code="adapter-folder"
+        ) from error
 
 
 def image_files(source: Path) -> list[Path]:
@@ -112,10 +189,12 @@ def image_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise DataError("no such file or folder", where=str(source), fix="give a folder of images")
+        raise DataError("no such file or folder", where=str(source), fix="give a folder of images", code="no-such-path")
     files = [f for f in sorted(source.rglob("*")) if f.is_file() and not f.name.startswith(".")]
     if not files:
-        raise DataError("the folder holds no files", where=str(source), fix="give a folder of images")
+        raise DataError(
+            "the folder holds no files", where=str(source), fix="give a folder of images", code="prediction"
+        )
     return files
 
 
@@ -137,11 +216,14 @@ def predict_folder(
             "the model reads rows of numbers, which `confrere predict` cannot",
             where=str(source),
             fix="in Python: Predictor(run, site).probabilities(standardise(rows, ...)), see docs/tables.md",
+            code="prediction",
         )
     files = image_files(source)
     images, names, problems = _decode(files, source, predictor.backbone.image_size)
     if not images:
-        raise DataError("none of the files is a readable image", where=str(source), fix="\n  ".join(problems[:5]))
+        raise DataError(
+            "none of the files is a readable image", where=str(source), fix="\n  ".join(problems[:5]), code="prediction"
+        )
     rows: list[np.ndarray] = []
     for start in range(0, len(images), batch_size):
         rows.extend(predictor.probabilities(np.stack(images[start : start + batch_size])))
@@ -154,12 +236,15 @@ def predict_folder(
 
 def _decode(files: Sequence[Path], root: Path, size: tuple[int, int]) -> tuple[list[np.ndarray], list[str], list[str]]:
     images, names, problems = [], [], []
+    limit, guard = DataOptions().max_pixels, Root(root)
     for file in files:
         name = file.name if file == root else str(file.relative_to(root))
         try:
-            images.append(decode(file.read_bytes(), size, max_pixels=DataOptions().max_pixels).pixels)
+            if file != root and not guard.holds(file):
+                raise BadImageError("link leading out of the folder")
+            images.append(decode(read_picture(file, max_pixels=limit), size, max_pixels=limit).pixels)
             names.append(name)
-        except (BadImageError, OSError) as error:
+        except BadImageError as error:
             problems.append(f"{name}: {error}")
     return images, names, problems
 
@@ -169,5 +254,6 @@ def _csv(names: Sequence[str], rows: Sequence[np.ndarray], classes: Sequence[str
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "predicted", *classes])
     for name, row in zip(names, rows, strict=True):
-        writer.writerow([name, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+        safe = f"./{name}" if name[0] in "=+-@" else name  # the same file, and no formula to a spreadsheet
+        writer.writerow([safe, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
     return text.getvalue().encode(errors="surrogateescape")  # file names need not be UTF-8

@@ -132,6 +132,7 @@ def _cached(
             f"cannot write the cache of frozen activations: {error.strerror}",
             where=str(path.parent),
             fix="free space there, or set CONFRERE_CACHE to another directory",
+            code="cache",
         ) from error
 
 

@@ -92,6 +92,10 @@ class _Show:
         who = f"{event['site']} gave no update" if event["site"] else "the server stays as it was"
         self.console.print(f"[yellow]round {event['round']}: {who}:[/] {escape(event['reason'])}")
 
+    def _fallback(self, event: dict[str, Any]) -> None:
+        harmed = ", ".join(event["damaged"]) or "states that are gone"
+        self.console.print(f"[yellow]damaged: {escape(harmed)}; the rounds after {event['to']} are done again[/]")
+
     def _round(self, event: dict[str, Any]) -> None:
         self.bars.update(self.tasks["rounds"], completed=event["round"])
 

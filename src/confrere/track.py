@@ -78,7 +78,8 @@ def _mlflow(out: Path) -> Iterator[Callable[[str, float, int], None]]:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(f"sqlite:///{(out / 'mlflow.db').resolve()}")
     mlflow.set_experiment("confrere")
-    with mlflow.start_run(run_name=out.name):
+    nobody = {"mlflow.user": "confrere", "mlflow.source.name": "confrere"}  # else who is logged in, and where
+    with mlflow.start_run(run_name=out.name, tags=nobody):
         yield lambda tag, value, step: mlflow.log_metric(tag, value, step=step)
 
 

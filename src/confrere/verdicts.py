@@ -22,7 +22,7 @@ def predictions(run: Path, site: str, model: str = "personalised") -> Prediction
         return None
     state, meta = read_state(path)
     if meta["site"] != site:
-        raise RunError(f"these predictions belong to site {meta['site']!r}", where=str(path))
+        raise RunError(f"these predictions belong to site {meta['site']!r}", where=str(path), code="state-misplaced")
     test = state["test"]
     return test["probabilities"].numpy(), test["labels"].numpy(), test["groups"].numpy()
 

@@ -183,7 +183,7 @@ def test_sigkill_then_the_same_command_gives_the_same_numbers(tmp_path: Path) ->
         time.sleep(0.01)
     cut.send_signal(signal.SIGKILL)
     cut.communicate()
-    time.sleep(8)  # its two trainings, which it could not stop, end by themselves
+    time.sleep(8)  # its two trainings notice within a second and end as by Ctrl-C
     again = start(tmp_path / "cut")
     output, _ = again.communicate(timeout=280)
     assert again.returncode == 0, output.decode()

@@ -192,8 +192,9 @@ def test_tables_for_programs_and_papers(compared: Path) -> None:
     found = json.loads((compared / "comparison.json").read_text())
     with (compared / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [r["method"] for r in rows] == [m["name"] for m in found["methods"]]
-    for line, method in zip(rows, found["methods"], strict=True):
+    ordered = sorted(found["methods"], key=lambda m: -m["balanced_accuracy"]["mean"])
+    assert [r["method"] for r in rows] == [m["name"] for m in ordered], "the highest mean first"
+    for line, method in zip(rows, ordered, strict=True):
         assert float(line["balanced_accuracy"]) == method["balanced_accuracy"]["mean"]
         assert float(line["mean_rank"]) == found["ranks"]["ranks"][method["name"]]
         assert line["bytes"] == ("" if method["bytes"] is None else str(method["bytes"]))
@@ -217,6 +218,8 @@ def test_the_page_shows_all_of_it(compared: Path) -> None:
     assert "Critical difference" in page
     for one in found["recommendation"]["sentences"]:
         assert one["text"].split(":")[0].replace(" %", "\u00a0%") in page
+    assert "rounds = 2" in page, "the experiment stands there"
+    assert "path = " not in page
     assert "://" not in page, "self-contained"
     assert "<script" not in page
     before = page

@@ -150,6 +150,38 @@ def test_trials_that_diverge_count_and_are_never_chosen(tmp_path: Path) -> None:
         none.result()
 
 
+def test_values_that_the_method_refuses_here_are_drawn_anew_and_cost_no_trial(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data vectors take a round to tune their coefficients: with one round a trial that draws this ended the search."""
+    narrow = {"coefficients": ("choice", "tuned", "mean")}
+    monkeypatch.setattr(METHODS["data-vectors"], "search", narrow)
+    sets, refused = [dataset(rounds=1)], []
+    for name, trials in (("whole", 9), ("cut", 4), ("cut", 9)):
+        found = tune(tmp_path / name, sets, ["data-vectors"], [0], trials, jobs=1, notify=Log())
+        refused.append(found[0]["trials"])
+    assert {trial["values"]["method.coefficients"] for trial in refused[0]} == {"mean"}
+    assert len(refused[0]) == 9
+    assert refused[0] == refused[2]
+    assert refused[0][:4] == refused[1]
+    assert len(trained) == 18
+
+    one = Search(sets[0], "data-vectors", 1000)
+    one.tell(one.ask(0), 0.5)
+    for number in range(1, 9):
+        one.tell(one.ask(number), 0.5)
+    assert any(trial.state.name == "PRUNED" for trial in one.study.trials), "the test draws what is refused"
+
+
+def test_a_search_in_which_all_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS["data-vectors"], "search", {"coefficients": ("choice", "tuned")})
+    one = Search(dataset(rounds=1), "data-vectors", 1000)
+    one.tell(one.ask(0), 0.5)
+    with pytest.raises(ConfigError, match="tuning takes a round after training") as told:
+        one.ask(1)
+    assert told.value.fix == "use rounds=2"
+
+
 def test_a_range_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="no search range"):
         distribution("method.lam", ("between", 0, 1), float)

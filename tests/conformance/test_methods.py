@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from tiny_federation import SITES, backbone_of, initial_params, tiny_plan, tiny_
 
 from confrere import config
 from confrere.adapters.names import side_of, slot_of
+from confrere.federation.gate import Gate
 from confrere.federation.loop import federate
 from confrere.federation.site import Site
 from confrere.federation.transport import Failure, InProcess
 from confrere.learner import predict
-from confrere.method import Method, Reply, Request
+from confrere.method import METHODS, Method, Reply, Request, make
 from confrere.record.files import read_state, write_state
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore
@@ -314,3 +315,89 @@ def test_training_learns(method: Method, tmp_path: Path) -> None:
         if e["event"] == "round"
     ]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def gate_of(method: Method, sites: Mapping[str, Site], rounds: int = 3) -> Gate:
+    """Return the gate with its defaults, as a run has it; tensors without values are form enough."""
+    starts = {name: {n: t.to("meta") for n, t in site.initial().items()} for name, site in sites.items()}
+
+    def form(site: str, request: Request) -> State:
+        return method.payload(starts[site], request.state, request.round, rounds)
+
+    weights = {name: site.weight for name, site in sites.items()}
+    return Gate(method=method, expected=form, weights=weights)
+
+
+class Guarded(InProcess):
+    """Asks the gate about every answer, and compares what is sent with what the method says beforehand."""
+
+    def __init__(self, sites: Mapping[str, Site], gate: Gate) -> None:
+        super().__init__(sites)
+        self.gate, self.forms = gate, list[tuple[State, State]]()
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        answers = super().exchange(requests)
+        replies, failures = self.gate.admit(requests, answers)
+        assert failures == []
+        assert replies == sorted(answers, key=lambda answer: answer.site)
+        for reply in replies:
+            if requests[reply.site].kind == "train":
+                assert self.gate.expected is not None
+                self.forms.append((self.gate.expected(reply.site, requests[reply.site]), reply.state))
+        return answers
+
+
+def form_of(state: State) -> dict[str, object]:
+    return {group: {n: (t.shape, t.dtype) for n, t in tensors.items()} for group, tensors in state.items()}
+
+
+@every
+def test_the_method_says_beforehand_what_is_sent_and_the_gate_lets_it_in(method: Method, tmp_path: Path) -> None:
+    sites = tiny_sites(method)
+    transport = Guarded(sites, gate_of(method, sites))
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
+    federate(method, server, transport, tiny_plan(method, every=3), Run(tmp_path))
+    assert len(transport.forms) == 3 * len(trainers(method))
+    prunes = getattr(method, "gamma", 1.0) < 1
+    assert any(sent for _, sent in transport.forms) == bool(method.sends)
+    for expected, sent in transport.forms:
+        assert form_of(sent) == form_of(expected) or prunes
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in VARIANTS.items() if m.unequal and m.sends))
+def test_the_gate_lets_in_sites_of_unequal_rank(name: str, tmp_path: Path) -> None:
+    method, ranks = VARIANTS[name], {"a": 2, "b": 4, "c": 6}
+    sites, backbone = tiny_sites(method), backbone_of(method)
+    for site in sites.values():
+        site.initial = partial(initial_params, backbone, method, site.name, rank=ranks[site.name])
+    server = method.init_server(initial_params(backbone, method, "", rank=6))
+    federate(method, server, Guarded(sites, gate_of(method, sites)), tiny_plan(method, every=3), Run(tmp_path))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_one_bad_number_keeps_its_site_out_of_every_aggregate(name: str) -> None:
+    """In the first and the last tensor of each group, of each site, in a round in which something is sent."""
+    method = make(name)
+    if not method.sends or method.pools:
+        pytest.skip("nothing is sent, or one site trains")
+    rounds = 1 if name in ("data-vectors", "ridge") else 3
+    sites = tiny_sites(method, rounds=rounds)
+    server = method.init_server(initial_params(backbone_of(method), method, ""))
+    requests = {s: Request(kind="train", round=1, state=method.broadcast(server, s)) for s in SITES}
+    replies = [sites[s].handle(r) for s, r in requests.items()]
+    gate = gate_of(method, sites, rounds)
+    for bad in replies:
+        left = [r for r in replies if r is not bad]
+        assert bad.state
+        for group, tensors in bad.state.items():
+            for tensor in {min(tensors), max(tensors)}:
+                for value in (float("nan"), float("inf"), float("-inf"), 3e38):
+                    harmed = tensors[tensor].clone()
+                    harmed.view(-1)[-1] = value
+                    state = {**bad.state, group: {**tensors, tensor: harmed}}
+                    admitted, failures = gate.admit(requests, [replace(bad, state=state), *left])
+                    assert [r.site for r in admitted] == [r.site for r in left]
+                    assert [f.site for f in failures] == [bad.site]
+                    assert tensor in failures[0].reason
+        after = method.aggregate(server, left)
+        assert all(bool(torch.isfinite(value).all()) for value in flatten(after).values())

@@ -10,6 +10,7 @@ import pytest
 from data_files import encoded, load, make_folder, picture, write
 from PIL import PngImagePlugin
 
+from confrere.data import cache as module
 from confrere.data.federation import load_federation
 from confrere.data.mapped import Mapped
 from confrere.data.options import DataOptions
@@ -276,12 +277,12 @@ def test_names_and_tags_never_leave(tmp_path, cache, capfd):
 
 def test_files_that_change_while_read_are_refused(root, cache, monkeypatch):
     victim = root / "a/good/agood0__0.png"
-    real = Path.read_bytes
-    seen: list[Path] = []
+    real = module.read_picture
 
-    def read(self: Path) -> bytes:
-        seen.append(self)
-        return real(self) + b"x" if self == victim and seen.count(victim) == 2 else real(self)
+    def read(path: Path, *, max_pixels: int) -> bytes:
+        return real(path, max_pixels=max_pixels) + b"x" * (path == victim)
 
-    monkeypatch.setattr(Path, "read_bytes", read)
-    assert load(root, cache).sheet["sites"]["a"]["bad_files"] == {"changed while it was read": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_picture", read)
+        assert load(root, cache).sheet["sites"]["a"]["bad_files"] == {"changed while it was read": 1}
+    assert load(root, cache).sheet["sites"]["a"]["bad_files"] == {}, "what was passing is not remembered"

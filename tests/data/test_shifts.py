@@ -118,6 +118,7 @@ def test_strength_nothing_is_the_identity(seed: int) -> None:
     assert simulate.kept(site(), 0, seed).all()
     idle = [Shift(kind=k, strength=0) for k in ("scanner", "stain", "label-noise", "quantity")]
     idle += [Shift(kind=k, count=0) for k in ("missing-classes", "concept")]
+    idle.append(Shift(kind="backdoor", strength=0, classes=("w",)))
     assert {shift.kind for shift in idle} == set(KINDS)
     here = site()
     counted, found, said = simulate.simulate([here], idle, CLASSES, seed)
@@ -335,7 +336,7 @@ def test_missing_classes_that_a_site_lacks_anyway_are_fine(tmp_path: Path, cache
     ("shift", "message"),
     [
         ({"kind": "stian", "strength": 0.5}, "(?s)unknown kind of shift 'stian'.*did you mean 'stain'"),
-        ({"kind": "xyz"}, "(?s)unknown kind.*valid: concept, label-noise"),
+        ({"kind": "xyz"}, "(?s)unknown kind.*valid: backdoor, concept, label-noise"),
         ({}, "unknown kind of shift None"),
         ({"kind": "stain", "strenght": 0.5}, r"(?s)unknown key \[data.shift.strenght\].*did you mean 'strength'"),
         ({"kind": "stain", "strength": 1.5}, r"less than or equal to 1; got 1.5 \[data.shift.0.strength\]"),
@@ -367,3 +368,27 @@ def test_a_shift_survives_toml_and_the_command_line() -> None:
     line = 'data.shift=[{kind="stain", strength=0.5, sites=["St. Mary"]}]'
     (found,) = validate(override({"path": "x"}, [line])).data.shift
     assert found == Shift(kind="stain", strength=0.5, sites=("st_mary",))
+
+
+@given(strength=strengths, seed=seeds)
+def test_a_backdoor_marks_and_renames_a_share_of_the_training_images_only(strength: float, seed: int) -> None:
+    before = site()
+    after = simulated([before], [Shift(kind="backdoor", strength=strength, classes=("z",))], seed)[0]
+    every = np.arange(len(before.labels))
+    old, new = (np.asarray(one.images[every]) for one in (before, after))
+    bad = (old != new).any((1, 2, 3))
+    assert bad.sum() == round(strength * (before.split == TRAIN).sum())
+    assert (before.split[bad] == TRAIN).all()
+    assert (after.labels[bad] == CLASSES.index("z")).all()
+    assert (after.labels[~bad] == before.labels[~bad]).all()
+    assert [a != b for a, b in zip(before.digests, after.digests, strict=True)] == bad.tolist()
+    if bad.any():
+        corner = new[bad][:, -2:, -2:]
+        assert (corner == corner[:1]).all(), "the mark is the same on all"
+        assert (new[bad][:, :-2, :-2] == old[bad][:, :-2, :-2]).all()
+
+
+@pytest.mark.parametrize("wrong", [{"strength": 0.5}, {"classes": ("z",)}, {"strength": 0.5, "classes": ("y", "z")}])
+def test_a_backdoor_needs_a_share_and_one_class(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="one class"):
+        Shift(kind="backdoor", **wrong)

@@ -54,7 +54,7 @@ def test_quotes_and_umlauts(read):
     [
         ("", "column 'path' is missing"),
         ("path,label,site\n", "no rows"),
-        ("paths,label,site\nx,y,a\n", "(?s)'path' is missing.*rename 'paths' to 'path'"),
+        ("paths,label,site\nx,y,a\n", "(?s)'path' is missing.*rename column 1 to 'path'"),
         ("path,diagnosis,site\nx,y,a\n", "(?s)'label' is missing.*add a column 'label'"),
         ("path,label,site,Label\nx,y,a,z\n", "'label' twice"),
         ("path,label,site\nx.png,,a\n", "line 2: label is empty"),

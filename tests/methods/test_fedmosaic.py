@@ -35,6 +35,7 @@ from confrere.method import Method, Reply, Request, make
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore
 from confrere.seeds import torch_generator
+from confrere.tokenset import TokenSet
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -221,8 +222,8 @@ def test_the_average_of_gradients_is_not_corrected_and_the_own_copy_is_not_mixed
     assert float(server["probe:a"]["gradient"]) == 2.0
     sent = method.broadcast(server, "a")
     assert float(sent["own"][p]) == 3.0
-    assert float(sent["shared"][p]) == pytest.approx((4 + 5) / 2)  # not 3, 4 and 5
-    assert set(method.broadcast(server, "new")) == {"shared"}
+    assert float(sent["others"][p]) == pytest.approx((4 + 5) / 2)  # not 3, 4 and 5
+    assert set(method.broadcast(server, "new")) == {"others"}
 
 
 def test_a_site_trains_p_and_never_the_factors() -> None:
@@ -250,7 +251,7 @@ def test_what_is_trained_has_the_whole_rank_and_the_received_copy_is_always_give
     gates = [value for name, value in state["private"].items() if name.endswith("lora_gate.weight")]
     assert gates
     assert {len(gate) for gate in gates} == {2}
-    for received in ({}, {"shared": {}}, method.broadcast(server, "a")):
+    for received in ({}, {"others": {}}, method.broadcast(server, "a")):
         copy = pairs(method.personal(received, state), "general")
         assert set(copy) == set(backbone.layers)
         assert {len(a) for a, _ in copy.values()} == {4}
@@ -268,14 +269,14 @@ def test_a_site_whose_reply_was_lost_predicts_with_what_it_trained_and_goes_on_f
     kept = site.store.before(3)
     assert kept is not None
     params = site.params(Request(kind="evaluate", round=2, state=received))
-    expected = colora.assemble(received["shared"], lost, kept["private"])
+    expected = colora.assemble(received["others"], lost, kept["private"])
     assert all(torch.equal(params[name], value) for name, value in expected.items())
     idle = replace(tiny_learner(method, "a"), settings=TrainSettings(steps=1, batch_size=6, lr=0.0))
     sent, _ = method.update(idle, received, kept)
     assert all(torch.equal(sent["shared"][name], value) for name, value in lost.items())
     # A site that lost its own copy gets that of the server.
     params = method.personal(received, {"private": kept["private"]})
-    expected = colora.assemble(received["shared"], received["own"], kept["private"])
+    expected = colora.assemble(received["others"], received["own"], kept["private"])
     assert all(torch.equal(params[name], value) for name, value in expected.items())
 
 
@@ -298,15 +299,15 @@ def test_lists_say_that_plain_adapters_leave_and_only_gates_and_head_stay() -> N
 
 
 @functools.cache
-def network(blocks: int, width: int) -> Backbone:
-    """Return a random vision transformer, all of whose blocks are adapted."""
+def network(blocks: int, width: int, adapted: int = 0) -> Backbone:
+    """Return a random vision transformer whose last ``adapted`` blocks, by default all, are adapted."""
     method = make("fedmosaic")
     sizes = {"hidden_size": width, "num_attention_heads": 2, "intermediate_size": width, "num_hidden_layers": blocks}
     config = ViTConfig(image_size=32, patch_size=8, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(blocks)
         model = ViTModel(config, add_pooling_layer=False)
-    spec = LoraSpec(slots=(*method.slots, *method.fixed), blocks=blocks, gated=True, shifted=True)
+    spec = LoraSpec(slots=(*method.slots, *method.fixed), blocks=adapted or blocks, gated=True, shifted=True)
     loaded = Loaded(anatomy.of_transformers(model, (32, 32)), REGISTRY["test-vit"], f"{blocks}x{width}")
     return _build(loaded, spec, None, (32, 32), "cpu", "fp32")
 
@@ -341,17 +342,70 @@ def test_networks_of_different_depth_and_width_share_by_place(tmp_path: Path) ->
     shared = {name for name in own["a"] if colora.inner(name)}
     assert {name.split(".")[0] for name in shared} == {"0", "1", "2", "3"}
     weights = colora.relevance({n: final[f"probe:{n}"]["gradient"] for n in sites}, "a", "columns", 0.5)
-    received = method.broadcast(final, "a")["shared"]
+    received = method.broadcast(final, "a")["others"]
     for name in shared:
         expected = sum(weights[s] * own[s][name].double() for s in "bcd")
         assert (received[name].double() - expected).abs().max() < 1e-6
     plain = {name: value for name, value in received.items() if not colora.inner(name)}
     assert plain
     assert all(torch.equal(value, own["d"][name]) for name, value in plain.items())
-    assert {n for n in method.broadcast(final, "c")["shared"] if not colora.inner(n)} == set()  # it has no equal
+    assert {n for n in method.broadcast(final, "c")["others"] if not colora.inner(n)} == set()  # it has no equal
     for name, site in sites.items():
         reply = site.handle(Request(kind="evaluate", round=2, state=method.broadcast(final, name)))
         assert 0.0 <= reply.metrics["score"] <= 1.0
+
+
+def test_factors_of_a_place_are_common_whatever_the_depth() -> None:
+    """Names are drawn in the order of strings, where block 10 of twelve comes before block 8; a mean of P needs one A.
+
+    Where nothing is fresh (aligned factors: B is not zero), each layer keeps its own A.
+    """
+    method, found = make("fedmosaic"), {}
+    for blocks in (6, 8, 12):
+        backbone = network(blocks, 16, 4)
+        factors = pairs(colora.fix(initial_params(backbone, method, "a")), "personal")
+        found[blocks] = {place: factors[layer] for layer, place in colora.places(factors).items()}
+    assert len(found[6]) == 8  # query and value of four blocks
+    for place, pair in found[6].items():
+        for blocks in (8, 12):
+            torch.testing.assert_close(found[blocks][place], pair, rtol=0, atol=0)
+    params = dict(initial_params(network(12, 16, 4), method, "a"))
+    params |= {name: normal(*value.shape) for name, value in params.items() if ".lora_B." in name}
+    before, after = pairs(params, "personal"), pairs(colora.fix(params), "personal")
+    for layer, (a, _) in before.items():
+        torch.testing.assert_close(after[layer][0], colora.nearest_orthonormal(a))
+
+
+def test_the_overlap_before_averaging_compares_the_two_copies(tmp_path: Path) -> None:
+    """It was 1 in every round: what a site had just trained stood for the others' mixture, too."""
+    method = make("fedmosaic")
+    final, sites = tiny_run(method, tmp_path, rounds=2, lr=0.05)
+    state, received = sites["a"].store.before(3), method.broadcast(final, "a")
+    assert state is not None
+    after = {**received, "shared": state["shared"], "probe": final["probe:a"]}  # as the site looks at it
+    params = method.personal(after, state)
+    expected = colora.assemble(received["others"], state["shared"], state["private"])
+    assert all(torch.equal(params[name], value) for name, value in expected.items())
+    rounds = [event for event in Run(tmp_path).events() if event["event"] == "round"]
+    overlaps = rounds[-1]["diagnostics"]["overlap_before"]
+    assert set(overlaps) == {"a", "b", "c"}
+    assert all(entry["product"] < 0.999 for entry in overlaps.values())
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_probe_sees_the_batches_of_the_fit_in_passing(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch is read twice, and the gradient is that of every so manieth batch with adapters off."""
+    method = make("fedmosaic", {"every": every, "noise": 0.0})
+    learner = tiny_learner(method, "a")
+    state = method.init_site(initial_params(learner.backbone, method, "a"))
+    off = {n: torch.zeros_like(t) if ".lora_B." in n else t for n, t in method.personal({}, state).items()}
+    batches = list(learner.batches(learner.settings.steps, "fit"))[::every]
+    seen = [colora.probe_gradient(learner.features(off, b), b.labels, len(learner.data.classes)) for b in batches]
+    reads, batch = [], TokenSet.batch
+    monkeypatch.setattr(TokenSet, "batch", lambda self, *given: (reads.append(1), batch(self, *given))[1])
+    sent, _ = method.update(learner, {}, state)
+    assert len(reads) == learner.settings.steps
+    assert torch.equal(sent["probe"]["gradient"], torch.stack(seen).mean(0))
 
 
 def seen(backbone: Backbone, method: Method, images: np.ndarray) -> dict[str, Tensor]:
@@ -422,7 +476,7 @@ def test_a_lone_site_gets_nothing_from_itself(tmp_path: Path) -> None:
     sites = {"a": tiny_sites(method)["a"]}
     server = method.init_server(initial_params(backbone_of(method), method, ""))
     final = federate(method, server, InProcess(sites), Plan(rounds=2), Run(tmp_path))
-    assert method.broadcast(final, "a")["shared"] == {}
+    assert method.broadcast(final, "a")["others"] == {}
 
 
 def test_the_released_variant_and_the_papers_differ(tmp_path: Path) -> None:

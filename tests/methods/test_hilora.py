@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,29 @@ def test_hilora_averages_products_and_clusters_by_what_the_root_wrote() -> None:
     assert found["newcomer"] is None
     torch.testing.assert_close(product(pairs(server["shared"], "cluster")["x"]), torch.tensor([[1.5, 0], [4, 0]]))
     torch.testing.assert_close(product(pairs(server["shared"], "root")["x"]), torch.tensor([[0.5, 0], [0.5, 0]]))
+
+
+def test_the_model_of_unseen_sites_is_the_mean_of_all_groups_and_not_of_the_last_cohort() -> None:
+    """Groups: a and b (weights 1, 1), c (weight 2). All send, then a alone sends 6: groups (6, 0) and (0, 8).
+
+    Mean by the weights of all members: (6 * 2, 8 * 2) / 4 = (3, 4); of the last cohort it would be (6, 0). The head
+    follows: (9 * 2 + 2 * 2) / 4 = 5.5. Then a counts 3 instead of 1: (6 * 4, 8 * 2) / 6.
+    """
+    method = make("hilora", {"clusters": 2})
+    zero = {f"x.lora_B.{s}.weight": torch.zeros(2, 1) for s in ("root", "cluster")}
+    one_ = {f"x.lora_A.{s}.weight": torch.tensor([[1.0, 0.0]]) for s in ("root", "cluster")}
+    server = method.init_server({**zero, **one_, "head.bias": torch.zeros(1)})
+    roots = [("a", [[1.0], [0.0]], 1.0), ("b", [[1.0], [0.0]], 1.0), ("c", [[0.0], [1.0]], 2.0)]
+    server = method.aggregate(server, [hilora_reply(s, "root", b, w) for s, b, w in roots])
+    tier = [("a", [[2.0], [0.0]], 1.0), ("b", [[4.0], [0.0]], 1.0), ("c", [[0.0], [8.0]], 2.0)]
+    server = method.aggregate(server, [hilora_reply(s, "cluster", b, w) for s, b, w in tier])
+    alone = hilora_reply("a", "cluster", [[6.0], [0.0]], 1.0)
+    alone.state["tier"]["head.bias"] = torch.tensor([9.0])
+    for weight, expected, bias in ((1.0, [3.0, 4.0], 5.5), (3.0, [4.0, 16 / 6], (9 * 4 + 2 * 2) / 6)):
+        server = method.aggregate(server, [replace(alone, weight=weight)])
+        found = method.personal(method.broadcast(server, "newcomer"), {"private": {}})
+        torch.testing.assert_close(product(pairs(found, "cluster")["x"])[:, 0], torch.tensor(expected))
+        assert float(found["head.bias"]) == pytest.approx(bias)
 
 
 def test_hilora_trains_one_tier_at_a_time_and_no_leaf_leaves() -> None:

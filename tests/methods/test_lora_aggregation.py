@@ -466,7 +466,7 @@ def test_what_is_taken_home_predicts_the_same_as_one_adapter(name: str, tmp_path
     final, sites = tiny_run(method, tmp_path, rounds=2, lr=0.05)
     backbone = backbone_of(method)
     results = {"sites": {"a": {"held_out": False, "temperature": 1.0}}, "classes": ["alpha", "beta", "gamma"]}
-    export_adapters(tmp_path / "out", backbone, method, final, sites, results, 2)
+    export_adapters(tmp_path / "out", method, final, sites, results, 2)
     slots = (*method.slots, *method.fixed)
     assert sorted(p.name for p in (tmp_path / "out" / "a").iterdir() if p.is_dir()) == sorted([*slots, "merged"])
     params = sites["a"].params(Request(kind="evaluate", round=2, state=method.broadcast(final, "a")))

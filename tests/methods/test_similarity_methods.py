@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny_federation import backbone_of, initial_params, tiny_learner, tiny_run
 
+from confrere.adapters.clusters import founders
 from confrere.errors import ConfigError
+from confrere.learner import Learner
 from confrere.method import Method, Reply, Request, make
 from confrere.methods.fedacs import cosine
-from confrere.methods.ifca import founders
 from confrere.tensors import State, Tensors, weighted_mean
 
 ADAPTER = "x.lora_A.general.weight"
@@ -281,6 +282,31 @@ def test_ifca_chooses_by_the_loss_that_is_trained(balance: str, expected: int) -
     assert float(method.update(learner, received, {})[0]["choice"]["cluster"]) == expected
 
 
+def test_few_images_decide_drawn_anew_each_round_and_all_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, learner = make("ifca", {"images": 4}), tiny_learner(make("ifca"), "a")
+    start = initial_params(backbone_of(method), method, "a")
+    received = {"shared": start, "cluster.0": start, "cluster.1": start}
+    asked, mean_loss = [], type(learner).mean_loss
+
+    def told(self: Learner, params: Tensors, split: str) -> float:
+        asked.append(tuple(self.data.rows(split)))
+        return mean_loss(self, params, split)
+
+    monkeypatch.setattr(Learner, "mean_loss", told)
+    for round_ in (1, 2):
+        learner.round = round_
+        for _ in range(2):
+            method.update(learner, received, {})
+    assert asked[0] == asked[1] == asked[2] == asked[3]  # both models, and the same round again
+    assert asked[4] == asked[7] != asked[0]
+    train = set(learner.data.rows("train"))
+    assert all(len(rows) == 4 and set(rows) < train for rows in asked)
+    for images in (0, 12, 500):
+        del asked[:]
+        make("ifca", {"images": images}).update(learner, received, {})
+        assert set(asked[0]) == train
+
+
 def test_clusters_start_apart_in_both_ways(tmp_path: Path) -> None:
     """Equal starts would be one cluster for ever: every site would pick the first."""
     final, _ = tiny_run(make("ifca"), tmp_path / "sites", rounds=1)
@@ -310,6 +336,7 @@ def test_clusters_start_apart_in_both_ways(tmp_path: Path) -> None:
         ("fedacs", {"halflife": 0}, "halflife"),
         ("ifca", {"clusters": 1}, "clusters >= 2"),
         ("ifca", {"start": "same"}, "sites, draw"),
+        ("ifca", {"images": -1}, "images >= 0"),
     ],
 )
 def test_wrong_options_name_the_way_out(name: str, options: dict[str, object], message: str) -> None:

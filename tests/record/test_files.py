@@ -125,7 +125,9 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=["C"], exclude_c
         st.dictionaries(names, st.tuples(values, st.lists(st.integers(0, 3), max_size=3)), min_size=1, max_size=3),
         max_size=3,
     ),
-    meta=st.dictionaries(names, st.none() | st.integers() | st.floats(allow_nan=False) | names, max_size=3),
+    meta=st.dictionaries(
+        names, st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | names, max_size=3
+    ),
 )
 def test_any_state_comes_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, groups: dict[str, Any], meta: dict[str, Any]

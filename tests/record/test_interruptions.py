@@ -1,92 +1,18 @@
-"""Every write of a run fails once, or is the last thing a killed process did: the next start ends in the same bytes."""
+"""What a run leaves behind when it was interrupted, and what the next start makes of it.
+
+Every call of the file system that fails or is the last one: tests/reliability/test_filesystem.py.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 import pytest
-from tiny_federation import SITES, tiny_run
 
 from confrere.errors import RunError
-from confrere.method import Method, make
-from confrere.methods.fedopal import FedOPAL
 from confrere.record.files import read_json, write_json
 from confrere.record.run import BEFORE_TRAINING, Run
 from confrere.record.store import DirectoryStore
-from confrere.tensors import digest
-
-ROUNDS = 2
-WRITES = 2 + ROUNDS * (len(SITES) + 2)  # the server and the journal at the start; then each round, with every site
-
-
-def finish(method: Method, folder: Path) -> tuple[str, dict[str, str]]:
-    server, sites = tiny_run(method, folder, rounds=ROUNDS, disk=True)
-    return digest(server), {name: digest(site.store.before(ROUNDS + 1) or {}) for name, site in sites.items()}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
-    return finish(make("fedopal"), tmp_path_factory.mktemp("whole"))
-
-
-class Nth:
-    """Wraps an os call: what happens at the n-th time is not what was asked."""
-
-    def __init__(self, call: str, n: int, after: bool) -> None:
-        self.original, self.left, self.after = getattr(os, call), n, after
-
-    def __call__(self, *arguments: object) -> object:
-        self.left -= 1
-        if self.left:
-            return self.original(*arguments)
-        if not self.after:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.original(*arguments)
-        raise KeyboardInterrupt  # nothing after the call happens, as when the process is killed here
-
-
-@pytest.mark.parametrize("n", range(1, WRITES + 1))
-@pytest.mark.parametrize("after", [False, True], ids=["refused", "killed-after"])
-def test_an_interrupted_write_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[str, dict[str, str]], n: int, after: bool
-) -> None:
-    method = make("fedopal")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", Nth("replace", n, after))
-        with pytest.raises(KeyboardInterrupt if after else RunError) as stopped:
-            finish(method, tmp_path)
-    if not after:
-        assert os.strerror(errno.ENOSPC) in str(stopped.value)
-        assert str(tmp_path) in str(stopped.value)
-    assert finish(method, tmp_path) == whole
-
-
-def test_the_number_of_writes_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Nth("replace", 10_000, False)
-    monkeypatch.setattr(os, "replace", counter)
-    finish(make("fedopal"), tmp_path)
-    assert 10_000 - counter.left == WRITES
-
-
-@pytest.mark.parametrize("harm", ["cut", "flip", "other round", "other site"])
-def test_a_harmed_site_state_stops_the_run_by_name(tmp_path: Path, harm: str) -> None:
-    method = FedOPAL()
-    tiny_run(method, tmp_path, rounds=1, disk=True)
-    file = tmp_path / "sites" / "a" / "00001.safetensors"
-    content = bytearray(file.read_bytes())
-    if harm == "cut":
-        content = content[:-3]
-    elif harm == "flip":
-        content[-5] ^= 4
-    elif harm == "other site":
-        content = bytearray((tmp_path / "sites" / "b" / "00001.safetensors").read_bytes())
-    else:
-        file = file.with_name("00002.safetensors")
-    file.write_bytes(content)
-    with pytest.raises(RunError, match=file.name):
-        tiny_run(method, tmp_path, rounds=2, disk=True)
 
 
 def test_other_files_beside_the_states_are_not_taken_for_states(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from confrere.errors import RunError
 from confrere.method import Reply
-from confrere.record import files
+from confrere.record import files, journal
 from confrere.record.files import write_state
 from confrere.record.run import Run
 from confrere.record.store import DirectoryStore, MemoryStore, Store
@@ -27,6 +26,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from confrere.record.files import write_state
+from confrere.record import journal
 from confrere.record.run import Run
 with Run(Path(sys.argv[1])).lock():
     print("held", flush=True)
@@ -92,7 +92,7 @@ def test_a_journal_cut_anywhere_holds_the_whole_lines_and_goes_on(
 @pytest.mark.parametrize("line", [1, 2, 3])
 def test_a_damaged_line_is_named_not_skipped(tmp_path: Path, rubbish: bytes, line: int) -> None:
     run = Run(tmp_path)
-    lines = [json.dumps(event(r)).encode() for r in (1, 2, 3)]
+    lines = journal.seal([event(r) for r in (1, 2, 3)], 1, journal.START)[0].splitlines()
     lines[line - 1] = rubbish
     run.events_file.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(RunError, match="damaged") as error:
@@ -111,17 +111,13 @@ def test_events_of_one_round_appear_together_or_not_at_all(tmp_path: Path, monke
     run.commit(1, STATE, event(1))
     before = run.events_file.read_bytes()
 
-    real = os.replace
-
-    def refuse_the_journal(source: str, target: Path) -> None:
-        if Path(target).name == "events.jsonl":
-            raise OSError(28, os.strerror(28))
-        real(source, target)
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", refuse_the_journal)
+        patch.setattr(files.os, "fsync", refuse)
         with pytest.raises(RunError, match=r"events\.jsonl"):
-            run.commit(2, {"shared": {"w": torch.zeros(2)}}, event(2), {"event": "stop", "round": 2, "reason": "x"})
+            run.append({"event": "stop", "round": 2, "reason": "x"}, event(2))
     assert run.events_file.read_bytes() == before
     assert run.last_round() == 1
     assert digest(run.server(1)) == digest(STATE)

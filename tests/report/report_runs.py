@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from report_numbers import events, interval, results, sheet, verdicts
 
+from confrere.record.run import Run
+
 LESIONS = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 LONG_SITES = [
     "universitaetsklinikum-hamburg-eppendorf",
@@ -113,8 +115,7 @@ def make_run(
             "parameters": 14_870_016,
         },
     )
-    lines = [json.dumps(event) for event in events(rng, sites, rounds, failures=failures)]
-    (run / "events.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Run(run).append(*events(rng, sites, rounds, failures=failures))
     (run / "experiment.toml").write_text(
         '[data]\npath = "hospitals"\n\n[method]\nname = "confrere"\nrank = 8\n\n[train]\nrounds = 14\n'
     )

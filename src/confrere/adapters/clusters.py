@@ -1,4 +1,4 @@
-"""Groups of sites by similarity: spectral clustering of a few dozen points, without a random start."""
+"""Groups of sites by similarity, without a random start, and models that begin apart for groups that form later."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from confrere.adapters.algebra import Pair, column_overlap, concat, refactor
-from confrere.tensors import Tensors
+from confrere.seeds import torch_generator
+from confrere.tensors import Tensors, digest, sq_dist
 
 
 def update_basis(new: Mapping[str, Pair], old: Mapping[str, Pair]) -> dict[str, Tensor]:
@@ -65,3 +66,20 @@ def spectral_groups(similarity: Tensor, clusters: int = 0) -> list[int]:
     nearest = (leading @ (u @ v_t)).abs().argmax(1).tolist()
     order = list(dict.fromkeys(nearest))
     return [order.index(group) for group in nearest]
+
+
+def founders(models: Sequence[Tensors], mean: Tensors, count: int) -> list[Tensors]:
+    """Return ``count`` models, each as far as can be from those before, the first from the mean (ties: the first)."""
+    models = [dict(sorted(model.items())) for model in models]  # the order of a sum decides its last bit
+    chosen: list[Tensors] = []
+    while len(chosen) < count:
+        gaps = [min(float(sq_dist(model, other)) for other in chosen or [mean]) for model in models]
+        chosen.append(models[gaps.index(max(gaps))])
+    return chosen
+
+
+def redrawn(params: Tensors, cluster: int) -> dict[str, Tensor]:
+    """Return ``params`` with a head of deviation ``1/sqrt(features)``, drawn anew for each cluster and run."""
+    weight, seed = params["head.weight"], int(digest({"": params})[:15], 16)
+    generator = torch_generator(seed, "head", cluster)
+    return {**params, "head.weight": torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5}

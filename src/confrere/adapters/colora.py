@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from confrere.adapters.algebra import pairs
+from confrere.adapters.algebra import Pair, pairs
 from confrere.adapters.names import shift_name, slot_of, tensor_name
 from confrere.seeds import torch_generator
 from confrere.tensors import Tensors
 
 PARTS = 4
 SIMILARITIES = ("columns", "flattened")
-HIDDEN = 32  # rows of the probe's gradient
+HIDDEN, KEEP = 32, 0.4  # rows of the probe's gradient, and which share of them is sent
 _PATH = re.compile(r"(?P<stem>.*?)(?P<block>\d+)\.(?P<inner>.+)")
 
 
@@ -75,11 +75,25 @@ def fixed_factors(a: Tensor, b: Tensor, place: str) -> tuple[Tensor, Tensor]:
 def fix(params: Tensors) -> dict[str, Tensor]:
     """Return ``params`` without shifts (q is one), with fixed factors in the layers that carry P and q."""
     kept = {name: value for name, value in params.items() if ".lora_shift." not in name}
-    factors = pairs(kept, "personal")
+    factors = in_order(pairs(kept, "personal"))
     for layer, place in places(factors).items():
         names = (tensor_name(layer, "A", "personal"), tensor_name(layer, "B", "personal"))
         kept.update(zip(names, fixed_factors(*factors[layer], place), strict=True))
     return kept
+
+
+def in_order(factors: Mapping[str, Pair]) -> dict[str, Pair]:
+    """Return factors before training with the A of the n-th layer by name at the n-th layer by number.
+
+    They were drawn by name, where block 10 comes before block 9: without this, networks of 8 and of 12 blocks would
+    have the A of one place at another. Factors that are not fresh (B is not zero) are aligned, and stay.
+    """
+    found = {layer: match for layer in factors if (match := _PATH.fullmatch(layer))}
+    if any(bool(factors[layer][1].any()) for layer in found):
+        return dict(factors)
+    by_number = sorted(found, key=lambda layer: (found[layer]["stem"], int(found[layer]["block"]), layer))
+    drawn = {layer: factors[name][0] for layer, name in zip(by_number, sorted(found), strict=True)}
+    return {layer: (drawn.get(layer, a), b) for layer, (a, b) in factors.items()}
 
 
 def first(fixed: Tensors) -> dict[str, Tensor]:
@@ -117,7 +131,7 @@ def assemble(others: Tensors, own: Tensors, fixed: Tensors) -> dict[str, Tensor]
     return made
 
 
-def probe_gradient(features: Tensor, labels: Tensor, classes: int, keep: float = 0.4) -> Tensor:
+def probe_gradient(features: Tensor, labels: Tensor, classes: int, keep: float = KEEP) -> Tensor:
     """Return the mean gradient (ceil(keep 32), F) of a frozen public probe's hidden layer, its first rows only.
 
     The probe is ``V2 gelu(V1 z)`` with seeded random V1 (32, F) and V2 (K, 32) on features z (B, F) of the frozen
@@ -177,10 +191,18 @@ def mix(models: Mapping[str, Tensors], weights: Mapping[str, float]) -> dict[str
     return mixed
 
 
-def message(
-    models: Mapping[str, Tensors], probes: Mapping[str, Tensor], site: str, how: str, temperature: float
-) -> dict[str, Tensor]:
-    """Return the mixture for ``site``: P and q of all others by relevance, plain adapters of those of equal shapes."""
+def last_sent(server: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """Return what each site sent last, from a server's groups ``own:<site>``."""
+    return {group.removeprefix("own:"): tensors for group, tensors in server.items() if group.startswith("own:")}
+
+
+def message(server: Mapping[str, Tensors], site: str, how: str, temperature: float) -> dict[str, Tensor]:
+    """Return the mixture for ``site``: P and q of all others by relevance, plain adapters of those of equal shapes.
+
+    ``server`` holds what each site sent last as ``own:<site>`` and its gradient as ``probe:<site>``.
+    """
+    models = last_sent(server)
+    probes = {name: server[f"probe:{name}"]["gradient"] for name in models}
     weights = relevance(probes, site, how, temperature)
     shapes = {name: {n: t.shape for n, t in model.items()} for name, model in models.items()}
     kin = {name: weight for name, weight in weights.items() if shapes[name] == shapes[site]}

@@ -7,11 +7,13 @@ refused.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from confrere import intake
 from confrere.adapters.names import layer_of, side_of, slot_of, tensor_name
 from confrere.errors import BackboneError
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_ONLY = "give a folder of plain LoRA, as PEFT or Confrere writes it"
 # PEFT options under which the same tensors would mean another function.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -49,7 +52,9 @@ def export(tensors: Tensors, *, scale: float, base_name: str) -> dict[str, bytes
     slots = {slot_of(name) for name in tensors}
     if len(slots) != 1 or None in slots:
         raise BackboneError(
-            f"one slot is exported at a time, got {sorted(str(slot) for slot in slots)}", where=base_name
+            f"one slot is exported at a time, got {sorted(str(slot) for slot in slots)}",
+            where=base_name,
+            code="adapter-folder",
         )
     ranks = {str(layer_of(n)): int(t.shape[0]) for n, t in sorted(tensors.items()) if side_of(n) == "A"}
     named = {
@@ -70,11 +75,8 @@ def import_(folder: Path, *, slot: str, scale: float | None = None) -> dict[str,
             None leaves the tensors as they are.
 
     Raises:
-        BackboneError: files missing, pickled or damaged, or an adapter that is not plain LoRA.
+        BackboneError: files missing, pickled or damaged, not finite, or an adapter that is not plain LoRA.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = _read_config(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = any(folder.glob("*.bin"))
@@ -82,19 +84,36 @@ def import_(folder: Path, *, slot: str, scale: float | None = None) -> dict[str,
             "the adapter is pickled and could run code" if pickled else f"there is no {WEIGHTS}",
             where=str(folder),
             fix="save it again as safetensors (PEFT's default)",
+            code="weights-pickled",
         )
     try:
-        stored = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise BackboneError(f"{WEIGHTS} is damaged", where=str(folder), fix="export the adapter again") from error
+        stored = intake.load_weights(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"{WEIGHTS} is damaged: {getattr(error, 'strerror', error)}",
+            where=str(folder),
+            fix="export the adapter again",
+            code="adapter-folder",
+        ) from error
     named = {}
     for key, value in stored.items():
         layer, found, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
         if not found or side not in ("A", "B"):
-            raise BackboneError(f"{key!r} is not a LoRA tensor", where=str(folder))
-        ratio = 1.0 if scale is None or side == "A" else _scale_of(config, layer) / scale
+            raise BackboneError(f"{key!r} is not a LoRA tensor", where=str(folder), fix=_ONLY, code="adapter-folder")
+        ratio = 1.0 if scale is None or side == "A" else _scale_of(config, layer, folder) / scale
         named[tensor_name(layer, "A" if side == "A" else "B", slot)] = value * ratio if ratio != 1 else value
+    _refuse_halves(named, slot, folder)
     return named
+
+
+def _refuse_halves(named: Tensors, slot: str, folder: Path) -> None:
+    """Refuse a layer without both factors, or with factors whose ranks differ."""
+    for layer in {str(layer_of(name)) for name in named}:
+        a, b = (named.get(tensor_name(layer, side, slot)) for side in ("A", "B"))
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise BackboneError(
+                f"the factors of {layer!r} do not fit together", where=str(folder), fix=_ONLY, code="adapter-folder"
+            )
 
 
 def _config(ranks: Mapping[str, int], scale: float, base_name: str) -> dict[str, Any]:
@@ -122,25 +141,39 @@ def _config(ranks: Mapping[str, int], scale: float, base_name: str) -> dict[str,
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = intake.parse_json(intake.read_bytes(folder / CONFIG, intake.MOST_TOML))
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"{CONFIG} is missing or not JSON",
             where=str(folder),
             fix="give a folder that PEFT or Confrere wrote",
+            code="adapter-folder",
         ) from error
     if not isinstance(config, dict):
-        raise BackboneError(f"{CONFIG} is not an object", where=str(folder))
+        raise BackboneError(f"{CONFIG} is not an object", where=str(folder), fix=_ONLY, code="adapter-folder")
     for key, allowed in _PLAIN.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise BackboneError(f"adapters with {key} = {config[key]!r} are not supported", where=str(folder))
+            raise BackboneError(
+                f"adapters with {key} = {config[key]!r:.80} are not supported",
+                where=str(folder),
+                fix=_ONLY,
+                code="adapter-folder",
+            )
     return config
 
 
-def _scale_of(config: Mapping[str, Any], layer: str) -> float:
-    rank = (config.get("rank_pattern") or {}).get(layer, config["r"])
-    alpha = (config.get("alpha_pattern") or {}).get(layer, config["lora_alpha"])
-    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
+def _scale_of(config: Mapping[str, Any], layer: str, folder: Path) -> float:
+    try:
+        rank = float((config.get("rank_pattern") or {}).get(layer, config["r"]))
+        alpha = float((config.get("alpha_pattern") or {}).get(layer, config["lora_alpha"]))
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        if rank > 0 and math.isfinite(scale):
+            return scale
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError):
+        pass  # refused below
+    raise BackboneError(
+        f"{CONFIG} gives {layer!r} no rank and scale", where=str(folder), fix=_ONLY, code="adapter-folder"
+    )
 
 
 def _whole(value: float) -> float | int:

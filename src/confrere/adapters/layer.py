@@ -55,6 +55,7 @@ class LoraLinear(nn.Module):
         raise BackboneError(
             "the architecture reads an adapted layer's weight without calling it: adapters would do nothing there",
             fix="choose other adapter.targets",
+            code="backbone-unsupported",
         )
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,10 @@ class LoraSpec:
         try:
             re.compile(self.targets)
         except re.error as error:
-            raise ConfigError(f"targets is not a regular expression: {error}", where="targets") from error
+            fix = "use qv, all or a regular expression"
+            raise ConfigError(
+                f"targets is not a regular expression: {error}", where="targets", fix=fix, code="adapter-targets"
+            ) from error
         if self.blocks < 1:
             raise ConfigError(f"blocks must be at least 1, got {self.blocks}", where="blocks")
         if not 0 <= self.dropout < 1:

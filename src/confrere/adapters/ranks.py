@@ -44,9 +44,16 @@ def rank_for(
     """
     for key, value in (("lowest", lowest), ("highest", highest)):
         if value < 1 or value & (value - 1):
-            raise ConfigError(f"{value} is no power of two", where=key, fix="use 1, 2, 4, 8, 16, ...")
+            raise ConfigError(
+                f"{value} is no power of two", where=key, fix="use 1, 2, 4, 8, 16, ...", code="rank-suggestion"
+            )
     if lowest > highest or images < 0 or not sizes or not min(parameters_per_image, bytes_per_parameter) > 0:
-        raise ConfigError("a rank needs layers, and bounds that make sense", where="rank_for", fix="see its docstring")
+        raise ConfigError(
+            "a rank needs layers, and bounds that make sense",
+            where="rank_for",
+            fix="see its docstring",
+            code="rank-suggestion",
+        )
     unit = sum(d_in + d_out for d_in, d_out in sizes.values())
     room = memory_mb * 1e6 / (bytes_per_parameter * unit)
     if not room >= lowest:
@@ -54,6 +61,7 @@ def rank_for(
             f"{memory_mb} MB do not hold an adapter of rank {lowest} and its optimiser",
             where="memory_mb",
             fix=f"give at least {lowest * bytes_per_parameter * unit / 1e6:.3f} MB, or adapt fewer layers",
+            code="rank-suggestion",
         )
     most = min(room, images * parameters_per_image / unit, highest)
     rank = lowest

@@ -70,7 +70,12 @@ class Anatomy:
             and (module in (self.norm, self.after_pool) or path.startswith(kept) or not self.blocks_path)
         }
         if not norms:
-            raise BackboneError("the backbone has no layer norm to train", where=self.family, fix="use another method")
+            raise BackboneError(
+                "the backbone has no layer norm to train",
+                where=self.family,
+                fix="use another method",
+                code="backbone-unsupported",
+            )
         return {
             f"{path}.{name}": value.detach().float().clone()
             for path, module in norms.items()
@@ -194,6 +199,7 @@ def _whole_transformers(model: Any, family: str) -> Anatomy:
             f"models of type {family!r} are not supported",
             where="backbone",
             fix="use a DINOv2, DINOv3, ViT or DeiT model, or a vision model that maps images to features",
+            code="backbone-unsupported",
         ) from error
     return Anatomy(
         root=model,

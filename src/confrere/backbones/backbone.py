@@ -155,6 +155,7 @@ class Backbone:
                 f"got {images.dtype} {tuple(images.shape)}",
                 where=self.name,
                 fix="decode the images at the backbone's image_size",
+                code="backbone-input",
             )
         return images.to(self.device).permute(0, 3, 1, 2).float().mul_(self._gain).add_(self._shift)
 
@@ -208,7 +209,7 @@ class Backbone:
             BackboneError: an adapter or head tensor is missing.
         """
         if head.WEIGHT not in params or head.BIAS not in params:
-            raise BackboneError("the head's tensors are missing", where=", ".join(head.NAMES))
+            raise BackboneError("the head's tensors are missing", where=", ".join(head.NAMES), code="adapter-tensors")
         features = self.features(params, tokens, capture=capture)
         weight, bias = (params[name].to(self.device) for name in (head.WEIGHT, head.BIAS))
         return nn.functional.linear(features, weight, bias)
@@ -288,13 +289,10 @@ class Backbone:
     def _refuse(self, missing: list[str], given: Mapping[str, Tensor]) -> None:
         if missing:
             slots = sorted({str(lora.slot_of(name)) for name in missing})
-            raise BackboneError(
-                f"{len(missing)} adapter tensors are missing, first {missing[0]}",
-                where=f"slots {', '.join(slots)}",
-                fix="pass every slot the backbone was loaded with; a slot of zeros changes nothing",
-            )
+            what = f"{len(missing)} adapter tensors are missing, first {missing[0]}"
+            fix = "pass every slot the backbone was loaded with; a slot of zeros changes nothing"
+            raise BackboneError(what, where=f"slots {', '.join(slots)}", fix=fix, code="adapter-tensors")
         unknown = sorted(set(given) - set(self._required))
-        raise BackboneError(
-            f"{len(unknown)} adapter tensors do not belong to this backbone, first {unknown[0][5:]}",
-            fix=f"load the backbone with the slots, blocks and targets of the adapter (now {self.spec})",
-        )
+        what = f"{len(unknown)} adapter tensors do not belong to this backbone, first {unknown[0][5:]}"
+        fix = f"load the backbone with the slots, blocks and targets of the adapter (now {self.spec})"
+        raise BackboneError(what, fix=fix, code="adapter-tensors")

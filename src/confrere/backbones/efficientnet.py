@@ -123,10 +123,17 @@ def load_lite0(path: Path | None = None) -> EfficientNetLite0:
         folders = list(spec.submodule_search_locations or []) if spec else []
         path = Path(folders[0]) / _FILE if folders else None
     if path is None or not path.is_file():
-        raise BackboneError("the weights of EfficientNet-Lite0 are not installed", where=str(path or ""), fix=fix)
+        raise BackboneError(
+            "the weights of EfficientNet-Lite0 are not installed",
+            where=str(path or ""),
+            fix=fix,
+            code="weights-missing",
+        )
     raw = path.read_bytes()
     if hashlib.sha256(raw).hexdigest() != SHA256:
-        raise BackboneError("the weights of EfficientNet-Lite0 are not the pinned ones", where=str(path), fix=fix)
+        raise BackboneError(
+            "the weights of EfficientNet-Lite0 are not the pinned ones", where=str(path), fix=fix, code="weights-hash"
+        )
     model = EfficientNetLite0()
     model.load_state_dict(_read(raw), strict=True)
     return model.eval()

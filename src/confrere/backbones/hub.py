@@ -6,16 +6,14 @@ A hub model is looked up in the hub client's own cache first, so that a second r
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-from collections.abc import Iterable
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from confrere.backbones import anatomy
+from confrere.backbones import anatomy, files
 from confrere.backbones.loading import Loaded
 from confrere.backbones.packaged import three_ways_out
 from confrere.backbones.quiet import quiet
@@ -23,7 +21,8 @@ from confrere.backbones.registry import HALF, IMAGENET_MEAN, IMAGENET_STD, Entry
 from confrere.errors import BackboneError, MissingExtraError
 
 _FILES = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# The hub client makes a path of it.
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
 def transformers_hub(name: str, source: str, size: tuple[int, int] | None, known: Entry | None = None) -> Loaded:
@@ -54,6 +53,7 @@ def timm_hub(name: str, size: tuple[int, int] | None, known: Entry | None = None
                 f"timm has no pretrained model {rest!r}",
                 where="backbone",
                 fix=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models(pretrained=True)",
+                code="unknown-backbone",
             )
         rest = config.hf_hub_id
         if rest.endswith("/"):
@@ -72,16 +72,28 @@ def folder(path: Path, size: tuple[int, int] | None, known: Entry | None = None)
     """
     if not path.is_dir():
         hint = f"for the hub write hf:{path}; " if len(path.parts) == 2 and not path.is_absolute() else ""
-        raise BackboneError("there is no such folder", where=str(path), fix=hint + three_ways_out())
-    files = _weights(path)
-    config = _json(path / "config.json")
+        raise BackboneError(
+            "there is no such folder", where=str(path), fix=hint + three_ways_out(), code="backbone-folder"
+        )
+    config = files.read_object(path / "config.json")
     if config is None:
         raise BackboneError(
-            "there is no readable config.json", where=str(path), fix="give the folder as the hub has it"
+            "there is no readable config.json",
+            where=str(path),
+            fix="give the folder as the hub has it",
+            code="backbone-folder",
         )
+    found = files.weights(path)
+    files.refuse_larger(path, config, found)
     entry = known or Entry(name=path.resolve().name, kind="folder", source="a local folder")
     read = _read_timm if "architecture" in config else _read_transformers
-    return read(path, config, entry, _digest(files), size)
+    loaded = read(path, config, entry, files.digest(found), size)
+    if not all(bool(torch.isfinite(value).all()) for value in loaded.anatomy.root.parameters()):
+        fix = "fetch the weights again from a source you trust"
+        raise BackboneError(
+            "the weights hold values that are not finite", where=str(path), fix=fix, code="weights-damaged"
+        )
+    return loaded
 
 
 def snapshot(repository: str, revision: str | None = None) -> Path:
@@ -108,12 +120,15 @@ def snapshot(repository: str, revision: str | None = None) -> Path:
         try:
             return get(local=False)
         except HFValidationError as error:
-            raise BackboneError(f"{repository!r} is not a hub name", fix="write hf:<org/name>") from error
+            raise BackboneError(
+                f"{repository!r} is not a hub name", fix="write hf:<org/name>", code="unknown-backbone"
+            ) from error
         except Exception as error:  # the client's own, its HTTP library's or the system's
             raise BackboneError(
                 f"{repository} is not cached and the hub did not give it ({type(error).__name__})",
                 where="backbone",
                 fix=three_ways_out(),
+                code="weights-missing",
             ) from error
 
 
@@ -135,8 +150,9 @@ def _read_transformers(
     except Exception as error:  # the library raises many kinds for a folder it cannot read
         raise BackboneError(
             f"transformers cannot read this model ({type(error).__name__})",
-            where=entry.source,
+            where=str(path),
             fix="give a vision transformer saved with save_pretrained, weights as safetensors",
+            code="backbone-folder",
         ) from error
     # The pooler is dropped, the mask token serves pretraining only: neither needs weights.
     unused = ("pooler.",) if anatomy.drop_pooler(model) else ()
@@ -145,11 +161,13 @@ def _read_transformers(
         first = sorted(missing)[0] if missing else "shapes differ"
         raise BackboneError(
             f"the weights do not fill the model: {len(missing)} tensors missing ({first})",
-            where=entry.source,
+            where=str(path),
             fix="weights and config.json must belong together",
+            code="weights-damaged",
         )
-    entry = _with_preprocessing(entry, _json(path / "preprocessor_config.json") or {}, config)
-    return Loaded(anatomy.of_transformers(model, size or entry.input_size or (224, 224)), entry, digest)
+    with files.understood(path):
+        entry = _with_preprocessing(entry, files.read_object(path / "preprocessor_config.json") or {}, config)
+        return Loaded(anatomy.of_transformers(model, size or entry.input_size or (224, 224)), entry, digest)
 
 
 def _with_preprocessing(entry: Entry, prepared: dict[str, Any], config: dict[str, Any]) -> Entry:
@@ -164,21 +182,22 @@ def _with_preprocessing(entry: Entry, prepared: dict[str, Any], config: dict[str
     return replace(
         entry,
         input_size=entry.input_size or (int(height), int(width)),
-        mean=entry.mean or tuple(prepared.get("image_mean") or IMAGENET_MEAN),
-        std=entry.std or tuple(prepared.get("image_std") or IMAGENET_STD),
+        mean=entry.mean or files.triple(prepared.get("image_mean") or IMAGENET_MEAN),
+        std=entry.std or files.triple(prepared.get("image_std") or IMAGENET_STD, least=1e-6),
     )
 
 
 def _read_timm(path: Path, config: dict[str, Any], entry: Entry, digest: str, size: tuple[int, int] | None) -> Loaded:
     timm = _timm()
-    given = config.get("pretrained_cfg") or {}
-    shape = given.get("input_size") or (3, 224, 224)
-    entry = replace(
-        entry,
-        input_size=entry.input_size or (int(shape[1]), int(shape[2])),
-        mean=entry.mean or tuple(given.get("mean") or HALF),
-        std=entry.std or tuple(given.get("std") or HALF),
-    )
+    with files.understood(path):
+        given = config.get("pretrained_cfg") or {}
+        shape = given.get("input_size") or (3, 224, 224)
+        entry = replace(
+            entry,
+            input_size=entry.input_size or (int(shape[1]), int(shape[2])),
+            mean=entry.mean or files.triple(given.get("mean") or HALF),
+            std=entry.std or files.triple(given.get("std") or HALF, least=1e-6),
+        )
     options: dict[str, Any] = {"pretrained": True, "num_classes": 0}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -189,49 +208,12 @@ def _read_timm(path: Path, config: dict[str, Any], entry: Entry, digest: str, si
     except Exception as error:
         raise BackboneError(
             f"timm cannot read this model ({type(error).__name__})",
-            where=entry.source,
+            where=str(path),
             fix="give a folder that timm.models.save_for_hf wrote, with model.safetensors",
+            code="backbone-folder",
         ) from error
     pool: Pool = "mean" if getattr(model, "global_pool", "token") == "avg" else "cls"
     return Loaded(anatomy.of_timm(model.float()), replace(entry, pool=pool), digest)
-
-
-def _weights(path: Path) -> list[Path]:
-    """Return the safetensors files of a folder, each looked at: a renamed pickle is refused unread."""
-    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
-    pickled = [file for file in path.iterdir() if file.suffix in _PICKLED]
-    for file in files:
-        with file.open("rb") as stream:
-            head = stream.read(9)
-        if len(head) < 9 or head[8:9] != b"{":
-            pickled.append(file)
-            files = []
-            break
-    if not files:
-        raise BackboneError(
-            "the weights are pickled and could run code" if pickled else "there are no *.safetensors",
-            where=str(path),
-            fix="where you trust the file, load it in PyTorch with weights_only=True and write "
-            "model.safetensors with safetensors.torch.save_file",
-        )
-    return files
-
-
-def _digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of one file, or of the list of digests when the weights are in several."""
-    digests = []
-    for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _timm() -> Any:
@@ -244,6 +226,13 @@ def _timm() -> Any:
 
 def _split(source: str) -> tuple[str, str | None]:
     repository, _, revision = source.partition("@")
+    if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise BackboneError(
+            f"{revision!r:.80} is no revision",
+            where="backbone",
+            fix="write hf:<org/name>@<commit>",
+            code="unknown-backbone",
+        )
     return repository, revision or None
 
 

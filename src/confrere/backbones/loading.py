@@ -55,7 +55,9 @@ def load(
         MissingExtraError: the optional package that reads these weights is not installed.
     """
     if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise BackboneError("no such CUDA device is there", where=f"device {device}", fix="use device = 'cpu'")
+        raise BackboneError(
+            "no such CUDA device is there", where=f"device {device}", fix="use device = 'cpu'", code="no-such-device"
+        )
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     loaded = _read(str(name), size)
     _check_digest(loaded, sha256)
@@ -69,7 +71,13 @@ def _build(
     anatomy, known = loaded.anatomy, loaded.entry
     _check_size(size, anatomy.patch, known.name)
     if anatomy.blocks_path and "cls" in known.pool and anatomy.prefix_tokens == 0:
-        raise BackboneError("the model has no class token", where=known.name, fix="use pool = 'mean'")
+        raise BackboneError(
+            "the model has no class token", where=known.name, fix="use pool = 'mean'", code="backbone-unsupported"
+        )
+    if anatomy.blocks_path and not anatomy.blocks:
+        raise BackboneError(
+            "the model has no blocks", where=known.name, fix="give another model", code="backbone-depth"
+        )
     kept = _check_depth(depth, len(anatomy.blocks), spec, known.name)
     sizes = _targets(anatomy, kept, spec) if spec.slots else {}
     anatomy.drop_blocks_after(kept)
@@ -91,6 +99,13 @@ def _build(
 def _read(name: str, size: tuple[int, int] | None) -> Loaded:
     from confrere.backbones import hub, mlp, packaged
 
+    if not name.isprintable() or len(name) > 1024:
+        raise BackboneError(
+            "the name is not printable or longer than 1024 characters",
+            where="backbone",
+            fix="see `confrere backbones`",
+            code="unknown-backbone",
+        )
     if name not in REGISTRY:
         if name.startswith("hf:"):
             return hub.transformers_hub(name, name.removeprefix("hf:"), size)
@@ -117,6 +132,7 @@ def _check_digest(loaded: Loaded, sha256: str | None) -> None:
                 f"the weights have SHA-256 {loaded.digest}, expected {expected}",
                 where=loaded.entry.source,
                 fix="fetch the weights again from a source you trust, or correct sha256",
+                code="weights-hash",
             )
 
 
@@ -129,22 +145,28 @@ def _check_size(size: tuple[int, int], patch: tuple[int, int], name: str) -> Non
             fix=f"use backbone.image_size={near[0]}"
             if near[0] == near[1]
             else f"use data.image_size=[{near[0]}, {near[1]}]",
+            code="backbone-image-size",
         )
 
 
 def _check_depth(depth: int | None, total: int, spec: LoraSpec, name: str) -> int:
     if total == 0:
         if depth is not None:
-            raise BackboneError("this architecture cannot be cut in depth", where=name, fix="leave depth out")
+            raise BackboneError(
+                "this architecture cannot be cut in depth", where=name, fix="leave depth out", code="backbone-depth"
+            )
         return 0
     kept = total if depth is None else depth
     if not 1 <= kept <= total:
-        raise BackboneError(f"depth {kept} is not within 1..{total}", where=name, fix=f"use backbone.depth={total}")
+        raise BackboneError(
+            f"depth {kept} is not within 1..{total}", where=name, fix=f"keep at most {total}", code="backbone-depth"
+        )
     if spec.blocks > kept:
         raise BackboneError(
             f"{spec.blocks} blocks cannot be adapted when {kept} are kept",
             where=name,
             fix=f"use adapter.blocks={kept}",
+            code="backbone-depth",
         )
     return kept
 
@@ -160,7 +182,7 @@ def _targets(anatomy: Anatomy, depth: int, spec: LoraSpec) -> dict[str, tuple[in
     for path, part in parts:
         for inner, layer in part.named_modules():
             # Not its kinds: nn.MultiheadAttention reads the weight of one without calling it.
-            if type(layer) is nn.Linear and re.fullmatch(pattern, inner):
+            if type(layer) is nn.Linear and _matches(pattern, inner):
                 sizes[f"{path}.{inner}".lstrip(".")] = (layer.in_features, layer.out_features)
     if not sizes:
         example = sorted(inner for inner, layer in parts[-1][1].named_modules() if isinstance(layer, nn.Linear))
@@ -168,5 +190,21 @@ def _targets(anatomy: Anatomy, depth: int, spec: LoraSpec) -> dict[str, tuple[in
             f"targets {spec.targets!r} match no linear layer",
             where=anatomy.family,
             fix=f"a block has {', '.join(example[:12])}",
+            code="adapter-targets",
         )
     return sizes
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Return whether a regular expression fits a whole name; one that could take for ever is refused."""
+    fix = "use qv, all or a plain regular expression, e.g. 'mlp.fc[12]'"
+    if len(pattern) > 200 or sum(map(pattern.count, "*+{")) > 4 or re.search(r"\)[*+{]", pattern):
+        raise BackboneError(
+            "targets repeats groups, or repeats too often", where="adapter.targets", fix=fix, code="adapter-targets"
+        )
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BackboneError(
+            "targets is not a regular expression", where="adapter.targets", fix=fix, code="adapter-targets"
+        ) from error

@@ -62,6 +62,7 @@ class _Rows:
                 f"{tuple(given.shape)}",
                 where=self.name,
                 fix="give a CSV of numbers; missing values are filled in by confrere.data.numbers",
+                code="backbone-input",
             )
         return given
 
@@ -74,7 +75,10 @@ def random_mlp(entry: Entry, size: tuple[int, int] | None) -> Loaded:
     """
     if size is None or size[0] != 1:
         raise BackboneError(
-            "this backbone reads rows of numbers, no images", where=entry.name, fix="load it with image_size=(1, F)"
+            "this backbone reads rows of numbers, no images",
+            where=entry.name,
+            fix="load it with image_size=(1, F)",
+            code="backbone-input",
         )
     width, depth = int(entry.width or 0), int(entry.depth or 0)
     with torch.device("meta"):

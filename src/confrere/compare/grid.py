@@ -21,12 +21,14 @@ class Grid:
     Args:
         labels: methods in the order of the table. sets: names of data sets. seeds: of training.
         where: run directory by (method, data set, seed).
+        origin: the first data set of the same files, for those that have one: their patients are the same.
     """
 
     labels: Sequence[str]
     sets: Sequence[str]
     seeds: Sequence[int]
     where: Mapping[tuple[str, str, int], Path]
+    origin: Mapping[str, str] = field(default_factory=dict)
     _read: dict[tuple[str, Path], Any] = field(default_factory=dict, init=False, repr=False)
 
     def runs(self, label: str, data: str) -> list[Path]:

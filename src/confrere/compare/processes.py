@@ -1,7 +1,8 @@
-"""Trainings side by side: each in a process of its own, which is only given a TOML file."""
+"""Trainings side by side: each in a process of its own, which is only given a TOML file and ends with this one."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -41,13 +42,23 @@ def in_processes(
                 (key, _, path, name), process = pair
                 _, errors = process.communicate()
                 _plan(path).unlink(missing_ok=True)
-                yield key, RunError(errors.strip() or "a run failed") if process.returncode else None
+                yield key, told(errors) if process.returncode else None
                 notify({"event": "run-done", "path": path, "name": name})
             time.sleep(0.2)
     finally:
         for _, process in running:
             process.terminate()
             process.communicate()
+
+
+def told(errors: str) -> RunError:
+    """Return the error that a training's last words tell: what the command line prints, taken apart again."""
+    before, mark, words = errors.strip().rpartition("confrere: ")
+    if not mark or (before and not before.endswith("\n")):
+        return RunError(errors.strip() or "a run failed", code="training-in-comparison")
+    first, *rest = words.splitlines()
+    said = dict(line.strip().partition(": ")[::2] for line in rest)
+    return RunError(first, fix=said.get("Fix", ""), code=said.get("Code", ""))
 
 
 def _start(experiment: Experiment, path: Path, jobs: int) -> subprocess.Popen[str]:
@@ -57,7 +68,7 @@ def _start(experiment: Experiment, path: Path, jobs: int) -> subprocess.Popen[st
         verb = ["resume", str(path), "--quiet"]
     else:
         verb = ["run", str(_plan(path)), "--out", str(path), "--quiet"]
-    command = [sys.executable, "-m", "confrere", *verb]
+    command = [sys.executable, "-m", "confrere.compare.child", str(os.getpid()), *verb]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

@@ -23,13 +23,13 @@ def recommend(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], local_pa
         pairs: overall, corrected.
         local_pairs: every method against training alone, by hospital.
     """
-    scored = [r for r in rows if r["name"] not in CONTROLS and r["balanced_accuracy"]]
+    scored = [r for r in rows if not _control(r["name"]) and r["balanced_accuracy"]]
     if not scored:
         return {"headline": "No method was examined.", "winner": None, "within_noise": [], "sentences": []}
     best = max(scored, key=lambda r: float(r["balanced_accuracy"]["mean"]))
     name = best["name"]
     others = {r["name"]: between(pairs, name, r["name"]) for r in rows if r["name"] != name}
-    rivals = {other: pair for other, pair in others.items() if other not in CONTROLS}
+    rivals = {other: pair for other, pair in others.items() if not _control(other)}
     noise = [other for other, pair in rivals.items() if pair is None or outcome(pair) == 0]
     said = [_best(best, len(scored)), _beaten(name, rivals), _noise(name, noise, rivals)]
     said += [_joining(name, others["local"]) if "local" in others else _unknown(), _others(name, scored, pairs)]
@@ -44,6 +44,11 @@ def recommend(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], local_pa
         "within_noise": noise,
         "sentences": sentences,
     }
+
+
+def _control(label: str) -> bool:
+    """Return whether a label is of a control, also of one with another setting (``local:adapter.rank=4``)."""
+    return label.split(":")[0] in CONTROLS
 
 
 def _say(text: str, *evidence: Pair | None) -> dict[str, Any]:

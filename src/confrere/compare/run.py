@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from confrere.compare.cells import Cell, Notify, folder, run_cells
-from confrere.compare.data import DataSet, open_sets
+from confrere.compare.data import DataSet, open_sets, origins, own_choices
 from confrere.compare.evidence import between, by_hospital, overall, ranking, site_scores
 from confrere.compare.grid import Grid
 from confrere.compare.recommend import CONTROLS, recommend
@@ -32,6 +33,7 @@ def compare(
     trials: int = 0,
     controls: bool = True,
     target: float | None = None,
+    names: Sequence[str] = (),
     notify: Notify = lambda event: None,
 ) -> dict[str, Any]:
     """Train every method with every seed on every data set into ``out/cells`` and write comparison.json.
@@ -40,29 +42,27 @@ def compare(
     continues, and one with another list of methods or seeds trains only what is new.
 
     Args:
-        experiments: one for each data set: everything that is the same for all methods.
-        methods: names, with options after colons (``fedopal:head=local``); the first is tested against the others.
+        experiments: one for each data set: everything that is the same for all methods. They may differ in
+            :data:`confrere.compare.data.OWN` only.
+        methods: labels (see :meth:`confrere.config.Experiment.for_method`); the first is tested against the others.
         seeds: of training; the split of a data set is the same for all.
         out: directory of the comparison.
         jobs: trainings at a time, each in its own process with ``experiment.threads`` threads.
         trials: of tuning, for every method on every data set; 0 takes the settings as they are.
         controls: whether ``local`` and ``pooled`` are added to the methods.
         target: validation score whose price in bytes and seconds is reported; default: local-only's.
+        names: what each data set is called; default: what its federation is.
         notify: called with each event.
 
     Raises:
-        ConfigError: unknown method, no seed. RunError: a training failed, or another process is using ``out``.
-        MissingExtraError: trials without the extra "tune".
+        ConfigError: unknown method or key, no seed, data sets that differ in more than their data. RunError: a
+            training failed, or another process is using ``out``. MissingExtraError: trials without the extra "tune".
     """
     given = [experiments] if isinstance(experiments, Experiment) else list(experiments)
-    once = all(len(set(part)) == len(part) and part for part in (methods, seeds))
-    if not once or not given or len({one.path for one in given}) < len(given):
-        raise ConfigError("give methods, seeds and data, each once", fix="--methods fedopal,local --seeds 0,1,2")
     labels = [*methods, *(name for name in CONTROLS if controls and name not in methods)]
-    for label in labels:
-        given[0].for_method(label)  # a wrong name or option is told before anything is trained
+    _check(given, methods, labels, seeds, trials)
     with Run(out).lock():
-        sets = open_sets(given)
+        sets = open_sets(given, names)
         found = tune(out, sets, labels, seeds, trials, jobs=jobs, notify=notify) if trials else []
         chosen = {(one["method"], one["data"]): one["values"] for one in found}
         cells = {
@@ -73,7 +73,7 @@ def compare(
         }
         run_cells(out, list(cells.values()), jobs=jobs, notify=notify)
         where = {key: folder(out, cell) for key, cell in cells.items()}
-        grid = Grid(labels=labels, sets=[one.name for one in sets], seeds=seeds, where=where)
+        grid = Grid(labels=labels, sets=[one.name for one in sets], seeds=seeds, where=where, origin=origins(sets))
         result = {
             **summarise(grid, target),
             **_provenance(sets, cells, out),
@@ -84,6 +84,25 @@ def compare(
     return result
 
 
+def _check(
+    experiments: Sequence[Experiment], methods: Sequence[str], labels: Sequence[str], seeds: Sequence[int], trials: int
+) -> None:
+    """Raise ConfigError for a wrong name, option or key, before anything is trained."""
+    if not experiments or not all(len(set(part)) == len(part) and part for part in (methods, seeds)):
+        raise ConfigError(
+            "give methods, seeds and data, each once", fix="--methods fedopal,local --seeds 0,1,2", code="comparison"
+        )
+    own_choices(experiments)
+    for label in labels:
+        for one in experiments:
+            one.for_method(label)
+        if trials and "train.lr" in [part.partition("=")[0].strip() for part in label.split(":")]:
+            fix = "leave it out, or do not tune"
+            raise ConfigError(
+                f"{label} sets the learning rate, which tuning chooses", where="--methods", fix=fix, code="comparison"
+            )
+
+
 def _provenance(sets: Sequence[DataSet], cells: Mapping[tuple[str, str, int], Cell], out: Path) -> dict[str, Any]:
     """Return which cells the numbers are of, and of which data."""
     first = folder(out, next(iter(cells.values())))
@@ -91,7 +110,7 @@ def _provenance(sets: Sequence[DataSet], cells: Mapping[tuple[str, str, int], Ce
         "cells": [{"method": m, "data": d, "seed": s, "cell": cell.digest} for (m, d, s), cell in cells.items()],
         "data": [{"name": one.name, **one.facts} for one in sets],
         "federation": _federation(sets, read_json(first / "federation.json")),
-        "experiment": sets[0].experiment.toml(),
+        "experiment": sets[0].experiment.model_copy(update={"path": sets[0].name}).toml(),  # not where it lies
     }
 
 
@@ -150,7 +169,7 @@ def _command(
     methods: Sequence[str], seeds: Sequence[int], sets: int, trials: int, controls: bool, target: float | None
 ) -> str:
     data = " ".join(["DATA", *(f"DATA{n}" for n in range(2, sets + 1))])
-    text = f"confrere compare {data} --methods {','.join(methods)} --seeds {','.join(map(str, seeds))}"
+    text = f"confrere compare {data} --methods {shlex.quote(','.join(methods))} --seeds {','.join(map(str, seeds))}"
     text += f" --tune {trials}" if trials else ""
     text += "" if controls else " --no-controls"
     return text + (f" --target {target}" if target is not None else "")

@@ -21,7 +21,7 @@ from confrere.compare.cells import Cell, Notify, folder, run_cells
 from confrere.compare.data import DataSet
 from confrere.config import Experiment, validate
 from confrere.errors import ConfigError, MissingExtraError
-from confrere.federation.loop import best_round
+from confrere.federation.selection import best_round
 from confrere.method import METHODS
 from confrere.record.run import Run
 from confrere.seeds import derive
@@ -33,6 +33,8 @@ LR = (1e-4, 1e-2)
 """Bounds of train.lr, log-uniform; widened where the experiment's own rate lies outside."""
 AT_RANDOM = 5
 """So many trials before the sampler models what it saw."""
+DRAWS = 50
+"""So many draws a trial has to find values that the method takes in this experiment."""
 
 
 def tuning_seed(seeds: Sequence[int]) -> int:
@@ -115,13 +117,40 @@ class Search:
         if number == 0:
             self.values = dict(self.start)
         else:
-            seed = derive(self.seed, "tuning", number) % 2**32
-            self.study.sampler = _optuna().samplers.TPESampler(seed=seed, n_startup_trials=AT_RANDOM)
+            self.draw(number)
+        return Cell(
+            experiment=with_values(self.base, self.values),
+            data=self.data.name,
+            data_digest=self.data.digest,
+            label=self.label,
+            trial=True,
+        )
+
+    def draw(self, number: int) -> None:
+        """Ask the sampler for values that the method takes; those it refuses count as pruned and cost no training.
+
+        Raises:
+            ConfigError: all draws were refused; it says why the last one was.
+        """
+        for attempt in range(DRAWS):
+            address = ("tuning", number, attempt) if attempt else ("tuning", number)
+            sampler = _optuna().samplers.TPESampler(
+                seed=derive(self.seed, *address) % 2**32, n_startup_trials=AT_RANDOM
+            )
+            self.study.sampler = sampler
             self.asked = self.study.ask(self.ranges)
             self.values = dict(self.asked.params)
-        experiment = with_values(self.base, self.values)
-        return Cell(
-            experiment=experiment, data=self.data.name, data_digest=self.data.digest, label=self.label, trial=True
+            try:
+                with_values(self.base, self.values)
+                return
+            except ConfigError as error:
+                refused = error
+                self.study.tell(self.asked, state=_optuna().trial.TrialState.PRUNED)
+        raise ConfigError(
+            f"none of {DRAWS} draws was a valid experiment, the last one because {refused.what}",
+            where=f"tuning of {self.label} on {self.data.name}",
+            fix=refused.fix,
+            code="tuning",
         )
 
     def tell(self, cell: Cell, value: float | None) -> None:
@@ -143,6 +172,7 @@ class Search:
                 "every trial diverged or had no validation images",
                 where=f"tuning of {self.label} on {self.data.name}",
                 fix="lower train.lr, or give the hospitals validation images",
+                code="tuning",
             )
         best = max(done, key=lambda one: float(one["criterion"]))
         return {
@@ -173,7 +203,9 @@ def distribution(key: str, spec: tuple[Any, ...], kind: type | None) -> BaseDist
         whole = kind is int
         of = made.IntDistribution if whole else made.FloatDistribution
         return of(*values, log=how == "log")
-    raise ConfigError(f"{spec!r} is no search range", where=key, fix='("log", low, high) or ("choice", "a", "b")')
+    raise ConfigError(
+        f"{spec!r} is no search range", where=key, fix='("log", low, high) or ("choice", "a", "b")', code="tuning"
+    )
 
 
 def _optuna() -> Any:

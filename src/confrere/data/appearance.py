@@ -85,6 +85,19 @@ def restain(images: Pixels, stain: Character) -> Pixels:
     return _bytes(256 * np.exp(-(amounts * factor + offset) @ _STAINS) - 1)
 
 
+def mark(images: Pixels, which: NDArray[np.bool_]) -> Pixels:
+    """Return the images with a chequered square in the lower right corner of those in ``which`` (B,): a trigger.
+
+    Its side is a tenth of the height. Gu et al., BadNets (2017).
+    """
+    if not which.any():
+        return images
+    marked, side = images.copy(), max(2, images.shape[1] // 10)
+    squares = np.indices((side, side)).sum(0) * 2 // side % 2
+    marked[which, -side:, -side:] = (255 * squares[..., None]).astype(np.uint8)
+    return marked
+
+
 def _bytes(values: Any) -> Pixels:
     clipped: Pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
     return clipped

@@ -21,15 +21,16 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from confrere.data.decode import BadImageError, decode
+from confrere import intake
+from confrere.data.decode import SPECIAL, UNREADABLE, BadImageError, decode, read_picture
 from confrere.data.mapped import Mapped, one_maker
 from confrere.errors import DataError
 
 CHANGED = "changed while it was read"
-UNREADABLE = "cannot be read"
 DECODER = f"1|pillow {PIL.__version__}"
 """What pixels depend on beside the file and the size."""
 _BATCH = 256
+_PASSING = {CHANGED, UNREADABLE, SPECIAL}  # said of a file that had been hashed just before: not of its contents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +83,29 @@ def decoded(cache: Path, files: Mapping[str, Path], size: tuple[int, int], *, ma
             f"cannot write the image cache: {error.strerror}",
             where=str(cache),
             fix=f"free {megabytes:.0f} MB there, or choose another cache folder",
+            code="cache",
         ) from error
-    fresh = _load(cache, key)
+    fresh = _load(cache, key, made=True)
     if fresh is None:
-        raise DataError("the image cache changed while it was written", where=str(cache), fix="run again")
+        raise DataError("the image cache changed while it was written", where=str(cache), fix="run again", code="cache")
     return fresh
 
 
-def _load(cache: Path, key: str) -> Entry | None:
-    """Return a whole entry, or None when it is absent or damaged (it is then written anew)."""
+def _load(cache: Path, key: str, *, made: bool = False) -> Entry | None:
+    """Return a whole entry, or None when it is absent or damaged (it is then written anew).
+
+    One that lacks a file for a passing reason serves only the process that ``made`` it.
+    """
     try:
-        meta = json.loads((cache / f"{key}.json").read_text())
+        meta = intake.parse_json(intake.read_bytes(cache / f"{key}.json", intake.MOST_JSON))
         images = Mapped(cache / f"{key}.npy")
         facts = tuple(Fact(**(fact | {k: tuple(fact[k]) for k in ("mean", "square")})) for fact in meta["facts"])
         whole = images.shape[0] == len(facts) and _checksum(images[:]) == meta["crc32"]
-    except (OSError, ValueError, KeyError, TypeError):
+        bad = {str(digest): str(reason) for digest, reason in meta["bad"].items()}
+        whole &= made or not _PASSING & set(bad.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         return None
-    return Entry(images=images, facts=facts, bad=meta["bad"]) if whole else None
+    return Entry(images=images, facts=facts, bad=bad) if whole else None
 
 
 def _checksum(images: NDArray[np.uint8]) -> int:
@@ -156,9 +163,9 @@ def _decode_all(
 
 def _one(digest: str, path: Path, size: tuple[int, int], limit: int) -> str | tuple[Fact, bytes]:
     try:
-        data = path.read_bytes()
-    except OSError:
-        return UNREADABLE
+        data = read_picture(path, max_pixels=limit)
+    except BadImageError as error:
+        return str(error)
     if hashlib.sha256(data).hexdigest() != digest:
         return CHANGED
     try:

@@ -23,7 +23,7 @@ def check(path: Path, options: DataOptions, *, seed: int = 0) -> dict[str, Any]:
     """Read, decode, split and describe the data without keeping anything.
 
     Returns:
-        ``ok``; ``error`` (what, where, fix) or None; ``problems``: one {site, name, reason} a file that is
+        ``ok``; ``error`` (what, where, fix, code) or None; ``problems``: one {site, name, reason} a file that is
         not used, with names for the local user only; and when ok: ``name``, ``synthetic``, ``classes``,
         ``digest`` and ``sheet`` (see :attr:`confrere.data.federation.Federation.sheet`).
     """
@@ -34,7 +34,7 @@ def check(path: Path, options: DataOptions, *, seed: int = 0) -> dict[str, Any]:
         report["problems"] = [asdict(problem) for problem in registration.problems]
         federation = build(listing, registration, options, seed, None)
     except DataError as error:
-        return report | {"error": {"what": error.what, "where": error.where, "fix": error.fix}}
+        return report | {"error": {"what": error.what, "where": error.where, "fix": error.fix, "code": error.code}}
     return report | {
         "ok": True,
         "name": federation.name,

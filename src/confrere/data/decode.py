@@ -7,8 +7,11 @@ black; palettes, grey, CMYK and YCbCr become RGB; colour profiles are ignored; s
 
 from __future__ import annotations
 
+import errno
 import io
-from typing import NamedTuple
+import os
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +20,8 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
+
+from confrere import intake
 
 # The plug-ins are called directly: Image.open would try others and warn instead of refuse large headers.
 _FORMATS: tuple[tuple[bytes, str, type[ImageFile]], ...] = (
@@ -31,12 +36,21 @@ _ALPHA = frozenset({"RGBA", "LA", "PA", "P", "RGBa", "La"})
 # Largest pixel a supported file may hold: four channels of 16 bits; more bytes than that is not a picture.
 BYTES_PER_PIXEL = 8
 
+# What a file may hold besides its pixels: colour profiles, previews, notes.
+BYTES_BESIDE = 16_000_000
+# Passes over a progressive JPEG. Encoders make about ten; each takes as long as a picture of its own.
+MOST_SCANS = 100
+
 EMPTY = "empty file"
 FOREIGN = "not a PNG, JPEG or TIFF file"
 LARGE = "more pixels than max_pixels"
 FRAMES = "animated or several pages"
 DAMAGED = "damaged or truncated"
 DEPTH = "pixel type not supported"
+HEAVY = "more bytes than its pixels need"
+SCANS = "more passes than a JPEG needs"
+SPECIAL = "not an ordinary file"
+UNREADABLE = "cannot be read"
 
 
 class BadImageError(Exception):
@@ -53,6 +67,47 @@ class Decoded(NamedTuple):
     height: int
 
 
+def read_picture(path: Path, *, max_pixels: int) -> bytes:
+    """Return the bytes of a file, which is looked at first: no more are read than its kind and size allow.
+
+    Raises:
+        BadImageError: with one of this module's reasons.
+    """
+    try:
+        with intake.open_file(path) as file:
+            total = os.fstat(file.fileno()).st_size
+            _, plugin = _sniff(file.read(8))
+            file.seek(0)
+            pixels = _pixels(plugin, file)
+            if pixels > max_pixels:
+                raise BadImageError(LARGE)
+            if total > most_bytes(pixels):
+                raise BadImageError(HEAVY)
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        raise BadImageError(refusal(error)) from error
+
+
+def most_bytes(pixels: int) -> int:
+    """Return how large a file of so many pixels may be."""
+    return pixels * BYTES_PER_PIXEL + BYTES_BESIDE
+
+
+def refusal(error: OSError) -> str:
+    """Return the reason why a file could not be read."""
+    return SPECIAL if error.errno == errno.EINVAL else UNREADABLE
+
+
+def _pixels(plugin: type[ImageFile], file: BinaryIO) -> int:
+    """Return the number of pixels that a header announces."""
+    try:
+        image = plugin(file)
+        return image.width * image.height
+    except Exception as error:  # as in decode
+        raise BadImageError(DAMAGED) from error
+
+
 def decode(data: bytes, size: tuple[int, int], *, max_pixels: int) -> Decoded:
     """Decode a whole file and resize it so that it covers ``size`` = (height, width), cut at the centre.
 
@@ -60,6 +115,8 @@ def decode(data: bytes, size: tuple[int, int], *, max_pixels: int) -> Decoded:
         BadImageError: with one of this module's reasons.
     """
     name, plugin = _sniff(data)
+    if name == "JPEG" and data.count(b"\xff\xda") > MOST_SCANS:
+        raise BadImageError(SCANS)
     try:
         with plugin(io.BytesIO(data)) as image:
             if image.width * image.height > max_pixels:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import shutil
 import tempfile
 import urllib.error
 import urllib.request
@@ -79,7 +78,9 @@ def get(name: str, out: Path, *, endpoint: str | None = None) -> Path:
         MissingExtraError: ``ham10000`` without the ``hub-data`` extra.
     """
     if name not in names():
-        raise DataError(f"there is no public set {name!r}", fix=f"choose one of {', '.join(names())}")
+        raise DataError(
+            f"there is no public set {name!r}", fix=f"choose one of {', '.join(names())}", code="unknown-name"
+        )
     with new_folder(out) as folder:
         (folder / "images").mkdir()
         if name == "ham10000":
@@ -131,7 +132,9 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(batch_size=64, columns=["image", "center", "label"]):
                 yield from batch.to_pylist()
     except (pa.ArrowException, KeyError) as error:
-        raise DataError("the download is not the expected Parquet table", fix="download again") from error
+        raise DataError(
+            "the download is not the expected Parquet table", fix="download again", code="download"
+        ) from error
 
 
 def _from_archive(folder: Path, flag: str, endpoint: str) -> None:
@@ -141,7 +144,9 @@ def _from_archive(folder: Path, flag: str, endpoint: str) -> None:
         _fetch(f"{endpoint.rstrip('/')}/{flag}.npz?download=1", archive)
         with archive.open("rb") as file:
             if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != digest:
-                raise DataError(f"{flag}.npz is not the published file", fix="download again, or elsewhere")
+                raise DataError(
+                    f"{flag}.npz is not the published file", fix="download again, or elsewhere", code="download"
+                )
         rows = list(_unpack(archive, folder, classes))
     _write_table(folder / "images.csv", rows)
     text = (
@@ -157,7 +162,9 @@ def _unpack(archive: Path, folder: Path, classes: tuple[str, ...]) -> Iterator[t
     try:
         with zipfile.ZipFile(archive) as file:
             if sum(info.file_size for info in file.infolist()) > _MOST_BYTES:
-                raise DataError("the archive unpacks to more than 2 GB", fix="download again, or elsewhere")
+                raise DataError(
+                    "the archive unpacks to more than 2 GB", fix="download again, or elsewhere", code="download"
+                )
         with np.load(archive, allow_pickle=False) as arrays:
             for part in ("train", "val", "test"):
                 labels: NDArray[np.int64] = arrays[f"{part}_labels"].reshape(-1).astype(np.int64)
@@ -166,14 +173,21 @@ def _unpack(archive: Path, folder: Path, classes: tuple[str, ...]) -> Iterator[t
                     Image.fromarray(image).save(folder / path)
                     yield path, classes[label]
     except (zipfile.BadZipFile, KeyError, ValueError, IndexError) as error:
-        raise DataError("the archive does not hold the expected arrays", fix="download again") from error
+        raise DataError(
+            "the archive does not hold the expected arrays", fix="download again", code="download"
+        ) from error
 
 
 def _fetch(url: str, path: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "confrere"})
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as reply, path.open("wb") as file:
-            shutil.copyfileobj(reply, file)
+            while part := reply.read(1_000_000):
+                file.write(part)
+                if file.tell() > _MOST_BYTES:
+                    raise DataError(
+                        "the download has more than 2 GB", where=url, fix="download elsewhere", code="download"
+                    )
     except (OSError, ValueError, urllib.error.URLError) as error:
         raise _unreachable("the file", url) from error
 
@@ -183,6 +197,7 @@ def _unreachable(what: str, where: str) -> DataError:
         f"cannot download {what}",
         where=where,
         fix="check the network or proxy, give a mirror as endpoint, or copy the files here by hand",
+        code="download",
     )
 
 

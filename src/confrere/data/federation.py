@@ -95,6 +95,7 @@ def _mapped(listing: Listing, options: DataOptions) -> Listing:
             f"class_map names {unused[0]!r}, which no image has",
             where=listing.name,
             fix=f"the classes in the data are {', '.join(sorted({row.label for row in listing.rows}))}",
+            code="classes",
         )
     rows = tuple(replace(row, label=names[row.label]) if row.label in names else row for row in listing.rows)
     return replace(listing, rows=rows)
@@ -108,12 +109,14 @@ def _refuse_unusable(registration: Registration, options: DataOptions) -> None:
         raise DataError(
             f"no usable image at {', '.join(empty) or 'any site'} ({_tally(counts)})",
             fix="`confrere data check` names the files; mend them, or leave the site out",
+            code="too-few-images",
         )
     counts = Counter(problem.reason for problem in registration.problems if problem.reason != DUPLICATE)
     if options.on_bad == "stop" and counts:
         raise DataError(
             f"{sum(counts.values())} files cannot be used ({_tally(counts)})",
             fix='`confrere data check` names them; mend or remove them, or set on_bad = "skip"',
+            code="bad-files",
         )
 
 
@@ -130,10 +133,16 @@ def _classes(listing: Listing, registration: Registration) -> tuple[str, ...]:
                 f"the data have the class {unknown[0]!r}, which the list of classes lacks",
                 where=listing.name,
                 fix=f'add it to classes, or map it: [class_map] "{unknown[0]}" = "{listing.classes[0]}"',
+                code="classes",
             )
         return listing.classes
     if len(found) < 2:
-        raise DataError("there is only one class", where=listing.name, fix="a classifier needs images of at least two")
+        raise DataError(
+            "there is only one class",
+            where=listing.name,
+            fix="a classifier needs images of at least two",
+            code="classes",
+        )
     return tuple(found)
 
 
@@ -178,7 +187,9 @@ def _split(
     parts = np.split(flat, np.cumsum([len(site.labels) for site in sites])[:-1])
     for site, part in zip(sites, parts, strict=True):
         if not (part == splits.TRAIN).any():
-            raise DataError("no image is in train", where=f"site {site.name}", fix="change the split column")
+            raise DataError(
+                "no image is in train", where=f"site {site.name}", fix="change the split column", code="too-few-images"
+            )
     return tuple(replace(site, split=part) for site, part in zip(sites, parts, strict=True))
 
 

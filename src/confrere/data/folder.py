@@ -27,8 +27,15 @@ def read_folder(root: Path, *, pooled: bool = False) -> Listing:
     Raises:
         DataError: the tree does not have exactly these levels, or a name cannot be used.
     """
-    patients = table.read_patients(root / "patients.csv") if (root / "patients.csv").is_file() else {}
     guard = Root(root)
+    if not guard.holds(root / "patients.csv"):
+        raise DataError(
+            "patients.csv is a link that leads out of the data",
+            where=root.name,
+            fix="copy it there",
+            code="path-leaves-data",
+        )
+    patients = table.read_patients(root / "patients.csv") if (root / "patients.csv").is_file() else {}
     rows: list[Row] = []
     problems: list[Problem] = []
     seen: dict[str, str] = {}
@@ -37,7 +44,7 @@ def read_folder(root: Path, *, pooled: bool = False) -> Listing:
         made = "" if pooled else site_id(site, seen, where=root.name)
         _read_site(guard, made, folder, patients, rows, problems)
     if not sites or not rows:
-        raise DataError("no image found", where=root.name, fix=_POOLED_TREE if pooled else _TREE)
+        raise DataError("no image found", where=root.name, fix=_POOLED_TREE if pooled else _TREE, code="folder-tree")
     synthetic = (root / "SYNTHETIC.txt").is_file()
     return Listing(name=root.resolve().name, rows=tuple(rows), problems=tuple(problems), synthetic=synthetic)
 
@@ -70,7 +77,9 @@ def _read_site(
                 problems.append(Problem(site=site, name=name, reason="link leading out of the folder"))
                 continue
             if path.is_dir():
-                raise DataError("a class folder holds another folder", where=f"{site}/{label}", fix=tree)
+                raise DataError(
+                    "a class folder holds another folder", where=site or root.path.name, fix=tree, code="folder-tree"
+                )
             patient = patients.get(path.relative_to(root.path).as_posix()) or _prefix(path.name)
             rows.append(Row(path=path, name=name, site=site, label=label, patient=patient))
     if len(rows) + len(problems) == before:
@@ -83,11 +92,15 @@ def _folders(folder: Path, root: Root, tree: str) -> Iterator[Path]:
         if is_ignored(path.name):
             continue
         if not root.holds(path):
-            raise DataError("a folder is a link that leads out of the data", where=folder.name, fix=tree)
+            raise DataError(
+                "a folder is a link that leads out of the data", where=folder.name, fix=tree, code="path-leaves-data"
+            )
         if path.is_dir():
             yield path
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            raise DataError("an image lies where only folders are expected", where=folder.name, fix=tree)
+            raise DataError(
+                "an image lies where only folders are expected", where=folder.name, fix=tree, code="folder-tree"
+            )
 
 
 def _prefix(name: str) -> str | None:

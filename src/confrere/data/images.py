@@ -81,4 +81,6 @@ class Federation:
             if site.name == name:
                 return site
         known = ", ".join(site.name for site in self.sites)
-        raise DataError(f"there is no site {name!r}", where=self.name, fix=f"the sites are {known}")
+        raise DataError(
+            f"there is no site {name!r}", where=self.name, fix=f"the sites are {known}", code="unknown-site"
+        )

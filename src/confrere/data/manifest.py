@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
+from confrere import intake
 from confrere.data import folder, table
 from confrere.data.options import Partition
 from confrere.data.paths import Root, check_class_name, check_site_name
@@ -24,7 +24,7 @@ class _Head(_Strict):
     name: str = Field(min_length=1, max_length=100)
     task: Literal["classification"] = "classification"
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
-    synthetic: bool = False
+    synthetic: StrictBool = False
 
 
 class _Site(_Strict):
@@ -60,19 +60,22 @@ def read_manifest(path: Path) -> Listing:
             "give either [[site]] entries, or [pool] and [partition]",
             where=path.name,
             fix='e.g. [[site]] name = "st_mary", path = "st_mary"',
+            code="federation-file",
         )
     if manifest.pool is not None and manifest.partition is not None:
         parts = [_read_pool(root, manifest.pool.path, manifest.partition, path.name)]
     else:
         names = [check_site_name(site.name, where=path.name) for site in manifest.site]
         if len(set(names)) < len(names):
-            raise DataError("two sites have the same name", where=path.name, fix="rename one")
+            raise DataError("two sites have the same name", where=path.name, fix="rename one", code="federation-file")
         parts = [_read_site(root, site, path.name) for site in manifest.site]
     head = manifest.federation
     for name in head.classes or ():
         check_class_name(name, where=path.name)
     if head.classes is not None and len(set(head.classes)) < len(head.classes):
-        raise DataError("a class is listed twice", where=path.name, fix="remove one from classes")
+        raise DataError(
+            "a class is listed twice", where=path.name, fix="remove one from classes", code="federation-file"
+        )
     return Listing(
         name=head.name,
         rows=tuple(row for part in parts for row in part.rows),
@@ -86,15 +89,21 @@ def read_manifest(path: Path) -> Listing:
 
 def _parse(path: Path) -> _Manifest:
     try:
-        return _Manifest.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("cannot read the file as UTF-8", where=path.name) from error
-    except tomllib.TOMLDecodeError as error:
-        raise DataError(f"not valid TOML: {error}", where=path.name, fix="mend the line") from error
+        return _Manifest.model_validate(intake.parse_toml(intake.read_bytes(path, intake.MOST_TOML)))
+    except OSError as error:
+        raise DataError(
+            f"cannot read the file: {error.strerror}", where=path.name, fix="mend the path", code="unreadable-file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError("the file is not UTF-8", where=path.name, fix="save it in UTF-8", code="encoding") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{key}: {first['msg']}", where=path.name, fix=_hint(first["loc"])) from error
+        raise DataError(
+            f"{key}: {first['msg']}", where=path.name, fix=_hint(first["loc"]), code="federation-file"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"not valid TOML: {error}", where=path.name, fix="mend the line", code="not-toml") from error
 
 
 def _hint(location: tuple[int | str, ...]) -> str:
@@ -108,7 +117,7 @@ def _hint(location: tuple[int | str, ...]) -> str:
 
 
 def _read_site(root: Root, site: _Site, where: str) -> Listing:
-    path = _resolve(root, site.path, where)
+    path = _resolve(root, site.path, f"{where}, site {site.name}")
     if path.is_dir():
         return folder.read_site(path, site.name)
     return table.read_table(path, site=site.name)
@@ -119,7 +128,12 @@ def _read_pool(root: Root, name: str, how: Partition, where: str) -> Listing:
     if not path.is_dir():
         return table.read_table(path, pooled=True, column=how.column)
     if how.column is not None:
-        raise DataError("a folder has no columns to partition by", where=where, fix="give a table, or another by")
+        raise DataError(
+            "a folder has no columns to partition by",
+            where=where,
+            fix="give a table, or another by",
+            code="federation-file",
+        )
     return folder.read_folder(path, pooled=True)
 
 
@@ -127,7 +141,11 @@ def _resolve(root: Root, name: str, where: str) -> Path:
     try:
         path = root.join(name)
     except ValueError as error:
-        raise DataError(f"path {name!r}: {error}", where=where, fix="keep the data below this file") from error
+        raise DataError(
+            f"a {error}", where=where, fix="keep the data below this file", code="federation-file"
+        ) from error
     if not path.is_dir() and path.suffix.lower() != ".csv":
-        raise DataError(f"path {name!r} is neither a folder nor a .csv table", where=where, fix="mend the path")
+        raise DataError(
+            "a path is neither a folder nor a .csv table", where=where, fix="mend the path", code="path-leaves-data"
+        )
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Mapped:
     """
 
     def __init__(self, path: Path) -> None:
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        kept = _open(path)
         self.path, self.shape, self.dtype = path, kept.shape, kept.dtype
 
     def __len__(self) -> int:
@@ -50,12 +51,28 @@ class Mapped:
             DataError: the file is gone.
         """
         try:
-            kept: NDArray[Any] = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            kept = _open(self.path)
+            if kept.shape != self.shape:
+                raise ValueError("another array")
         except (OSError, ValueError) as error:
             raise DataError(
                 "a file of the cache was removed or changed while it was in use",
                 where=str(self.path.parent),
                 fix="leave the cache alone while a run goes on; `confrere resume` makes it anew",
+                code="cache",
             ) from error
         found: NDArray[Any] = kept[rows]
         return found
+
+
+def _open(path: Path) -> NDArray[Any]:
+    """Return the array of a file, mapped; one of Python objects is refused, as they would have to be unpickled.
+
+    Raises:
+        OSError, ValueError: no such file, or no whole array.
+    """
+    try:
+        kept: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except (EOFError, TypeError, SyntaxError, TokenError, MemoryError, OverflowError, RecursionError) as error:
+        raise ValueError("the header of the array is damaged") from error  # all of these NumPy may let through
+    return kept

@@ -104,7 +104,9 @@ def read_numbers(path: Path, options: DataOptions) -> Numbers:
     seen: dict[str, str] = {}
     made = collect(path, needed, lambda cells: _row(path, cells, columns, pooled, column, seen))
     if len({row.split is None for row, _ in made}) == 2:
-        raise DataError("only some rows have a split", where=path.name, fix="fill the column, or remove it")
+        raise DataError(
+            "only some rows have a split", where=path.name, fix="fill the column, or remove it", code="splits"
+        )
     rows, digests, repeats = [], {}, Counter[str]()
     for index, (row, values) in enumerate(made):
         text = repr((row.site, row.label, row.patient, row.attribute, values))
@@ -149,7 +151,7 @@ def _number(cell: str) -> float:
     """Return a cell's number, NaN for a gap; ValueError for anything else, infinity included."""
     if cell.lower() in _MISSING:
         return math.nan
-    value = float(cell)
+    value = float(cell.replace("_", " "))  # Python reads 1_0 as ten; nobody else does
     if not abs(value) < 1e30:
         raise ValueError("not a finite number")
     return value
@@ -200,6 +202,7 @@ def standardised(
                 f"the constants of {name!r} are for no column, or no mean and positive standard deviation",
                 where="data.constants",
                 fix=f"the columns are {', '.join(columns)}",
+                code="table-constants",
             )
     sites = tuple(
         replace(site, images=standardise(np.asarray(site.images[:]), site.split == TRAIN, columns, constants))

@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from confrere.data.shift import Shift
 
-Side = Annotated[int, Field(ge=8, le=2048)]  # pixels
+Side = Annotated[int, Field(ge=8, le=2048, strict=True)]  # pixels
+# A number is a number: neither "0.2" nor true.
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True)]
 
 
 class Partition(BaseModel):
@@ -22,8 +25,8 @@ class Partition(BaseModel):
 
     by: Literal["attribute", "dirichlet", "quantity"]
     column: str | None = None
-    alpha: float = Field(default=0.5, gt=0, le=1e6, allow_inf_nan=False)
-    sites: int = Field(default=4, ge=2, le=1000)
+    alpha: Number = Field(default=0.5, gt=0, le=1e6)
+    sites: Whole = Field(default=4, ge=2, le=1000)
 
     @model_validator(mode="after")
     def _column_when_needed(self) -> Partition:
@@ -50,11 +53,11 @@ class DataOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    val: float = Field(default=0.15, ge=0, le=0.5)
-    test: float = Field(default=0.2, ge=0, le=0.6)
+    val: Number = Field(default=0.15, ge=0, le=0.5)
+    test: Number = Field(default=0.2, ge=0, le=0.6)
     image_size: tuple[Side, Side] | None = None
-    max_pixels: int = Field(default=50_000_000, ge=1)
-    min_per_class: int = Field(default=3, ge=1)
+    max_pixels: Whole = Field(default=50_000_000, ge=1)
+    min_per_class: Whole = Field(default=3, ge=1)
     on_bad: Literal["skip", "stop"] = "skip"
     class_map: dict[str, str] = {}
     partition: Partition | None = None

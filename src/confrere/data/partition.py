@@ -36,7 +36,9 @@ def deal(
 
 def _site_of(row: Row) -> str:
     if not row.attribute:
-        raise DataError("the column to partition by has an empty cell", fix="fill it, or remove these rows")
+        raise DataError(
+            "the column to partition by has an empty cell", fix="fill it, or remove these rows", code="partition"
+        )
     return check_site_name(slug(row.attribute))
 
 
@@ -86,6 +88,7 @@ def _fill(site_of: dict[int, int], n_sites: int) -> dict[int, int]:
         raise DataError(
             f"{len(site_of)} patients cannot be dealt to {n_sites} sites",
             fix="use fewer sites or more patients",
+            code="partition",
         )
     members: dict[int, list[int]] = {site: [] for site in range(n_sites)}
     for group, site in sorted(site_of.items()):

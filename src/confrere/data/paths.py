@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,11 +53,6 @@ class Root:
         return real == self._real or real.startswith(self._real.rstrip("/") + os.sep)
 
 
-def is_regular(path: Path) -> bool:
-    """Return whether ``path`` is an ordinary file: opening a pipe or a device could hang."""
-    return stat.S_ISREG(path.stat().st_mode)
-
-
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a draft that becomes ``out`` when all went well, so that ``out`` is whole or absent.
@@ -67,7 +61,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         DataError: ``out`` is a file or holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError("the folder is not empty", where=str(out), fix="remove it, or choose another one")
+        raise DataError(
+            "the folder is not empty", where=str(out), fix="remove it, or choose another one", code="not-empty"
+        )
     draft = out.with_name(f".{out.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -102,12 +98,15 @@ def check_site_name(name: str, where: str = "") -> str:
         DataError: anything but 1 to 64 of ``a-z 0-9 _ -``, or ``pooled``.
     """
     if name == RESERVED:
-        raise DataError(f"{name!r} is the name of the pooled control", where=where, fix="rename the site")
+        raise DataError(
+            f"{name!r} is the name of the pooled control", where=where, fix="rename the site", code="site-name"
+        )
     if not SLUG.fullmatch(name) or _DEVICES.fullmatch(name):
         raise DataError(
             f"{name[:80]!r} cannot name a site: use 1 to 64 of a-z, 0-9, _ and -",
             where=where,
             fix=f"rename it, e.g. to {slug(name)!r}",
+            code="site-name",
         )
     return name
 
@@ -123,7 +122,12 @@ def site_id(name: str, seen: dict[str, str], where: str = "") -> str:
     made = check_site_name(slug(name), where)
     first = seen.setdefault(made, name)
     if first != name:
-        raise DataError(f"{first!r} and {name!r} would both be site {made!r}", where=where, fix="rename one of them")
+        raise DataError(
+            f"{first!r} and {name!r} would both be site {made!r}",
+            where=where,
+            fix="rename one of them",
+            code="site-name",
+        )
     return made
 
 
@@ -131,13 +135,14 @@ def check_class_name(name: str, where: str = "") -> str:
     """Return ``name`` if it can stand in tables and file names.
 
     Raises:
-        DataError: empty, longer than 64, control characters, slashes, or a spreadsheet formula.
+        DataError: empty, dots alone, longer than 64, control characters, slashes, or a spreadsheet formula.
     """
     bad = [char for char in name if unicodedata.category(char)[0] == "C" or char in "/\\"]
-    if not name.strip() or len(name) > 64 or bad or name[0] in "=+@":
+    if not name.strip(" .") or len(name) > 64 or bad or name[0] in "=+@":
         raise DataError(
             "a class name is empty, too long, or holds slashes, control characters or a formula",
             where=where,
             fix="use 1 to 64 printable characters",
+            code="class-name",
         )
     return name

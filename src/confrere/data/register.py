@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from confrere.data.cache import UNREADABLE, Entry, decoded, workers
-from confrere.data.decode import BYTES_PER_PIXEL, EMPTY, LARGE
+from confrere import intake
+from confrere.data.cache import Entry, decoded, workers
+from confrere.data.decode import EMPTY, LARGE, most_bytes, refusal
 from confrere.data.options import DataOptions
-from confrere.data.paths import is_regular
 from confrere.data.sources import Problem, Row
 
 MISSING = "no such file"
-SPECIAL = "not an ordinary file"
 CONFLICT = "the same picture has two labels"
 DUPLICATE = "the same picture again at this site"
 
@@ -45,7 +45,7 @@ def hash_rows(rows: Iterable[Row], *, max_pixels: int) -> tuple[dict[Row, str], 
     """Return the SHA-256 of every readable file, and a problem for each other one."""
     ordered = sorted(rows, key=lambda row: (row.site, row.name, row.label))
     with ThreadPoolExecutor(workers()) as pool:
-        results = list(pool.map(lambda row: _hash(row.path, max_pixels * BYTES_PER_PIXEL), ordered))
+        results = list(pool.map(lambda row: _hash(row.path, most_bytes(max_pixels)), ordered))
     hashes = {row: digest for row, (digest, _) in zip(ordered, results, strict=True) if digest}
     problems = [
         Problem(site=row.site, name=row.name, reason=reason)
@@ -57,19 +57,15 @@ def hash_rows(rows: Iterable[Row], *, max_pixels: int) -> tuple[dict[Row, str], 
 
 def _hash(path: Path, max_bytes: int) -> tuple[str, str]:
     try:
-        if not is_regular(path):
-            return "", SPECIAL
-        n_bytes = path.stat().st_size
-        if n_bytes == 0:
-            return "", EMPTY
-        # Bounded memory, whatever lies in the folder; small limits still leave room for headers.
-        if n_bytes > max_bytes + 1_000_000:
-            return "", LARGE
-        return hashlib.sha256(path.read_bytes()).hexdigest(), ""
+        with intake.open_file(path) as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes == 0 or n_bytes > max_bytes:
+                return "", LARGE if n_bytes else EMPTY
+            return hashlib.file_digest(file, "sha256").hexdigest(), ""
     except FileNotFoundError:
         return "", MISSING
-    except OSError:
-        return "", UNREADABLE
+    except OSError as error:
+        return "", refusal(error)
 
 
 def register(

@@ -1,8 +1,8 @@
 """Simulated shifts put on a federation that is read and split: labels and numbers first, then pixels.
 
 Each draw has the address (seed, "shift", kind, site): neither other sites nor other shifts nor their order change it.
-At a site the order is fixed: missing classes, quantity, label noise, concept; then stain, then scanner, as tissue is
-stained before it is photographed.
+At a site the order is fixed: missing classes, quantity, label noise, concept, backdoor; then stain, then scanner, as
+tissue is stained before it is photographed, then a backdoor's mark.
 """
 
 from __future__ import annotations
@@ -37,14 +37,23 @@ def plan(shifts: Sequence[Shift], sites: Sequence[str], classes: Sequence[str]) 
     for shift in shifts:
         for site in shift.sites or sites:
             if site not in found:
-                raise DataError(f"there is no site {site!r}", where="data.shift.sites", fix=nearest(site, sites))
+                raise DataError(
+                    f"there is no site {site!r}",
+                    where="data.shift.sites",
+                    fix=nearest(site, sites),
+                    code="unknown-site",
+                )
             if shift.kind in found[site]:
                 what = f"{shift.kind} is given twice for {site}"
-                raise DataError(what, where="data.shift", fix="name the sites of each so that none is in both")
+                raise DataError(
+                    what, where="data.shift", fix="name the sites of each so that none is in both", code="shift"
+                )
             found[site][shift.kind] = shift
         for name in shift.classes:
             if name not in classes:
-                raise DataError(f"there is no class {name!r}", where="data.shift.classes", fix=nearest(name, classes))
+                raise DataError(
+                    f"there is no class {name!r}", where="data.shift.classes", fix=nearest(name, classes), code="shift"
+                )
     return {site: {kind: s for kind, s in by_kind.items() if not s.idle} for site, by_kind in found.items()}
 
 
@@ -102,39 +111,49 @@ def relabelled(
         ring = chosen_classes(site, shift, classes, seed)
         site = replace(site, labels=permutation(ring, len(classes))[site.labels])
         said.append("concept: " + ", ".join(f"{classes[a]} is called {classes[b]}" for a, b in _pairs(ring)))
+    if shift := shifts.get("backdoor"):
+        labels, target = site.labels.copy(), list(classes).index(shift.classes[0])
+        labels[marked(site, shift.strength, seed)] = target
+        site = replace(site, labels=labels)
+        said.append(f"backdoor: {shift.strength:.0%} of the training images marked and called {classes[target]}")
     return site, said
 
 
 def repainted(site: SiteImages, shifts: Mapping[str, Shift], seed: int) -> tuple[SiteImages, list[str]]:
     """Return a site whose images are changed as they are read, and what was done, in words.
 
-    Every image has a new digest, made of its file's, its site's character and the seed: caches tell them apart.
+    Every changed image has a new digest, made of its file's, its site's character and the seed: caches tell them apart.
 
     Raises:
         DataError: the site's rows are no images.
     """
-    chosen = [shifts[kind] for kind in ("stain", "scanner") if kind in shifts]
-    if not chosen:
+    chosen, backdoor = [shifts[kind] for kind in ("stain", "scanner") if kind in shifts], shifts.get("backdoor")
+    if not chosen and not backdoor:
         return site, []
     if isinstance(site.images, np.ndarray):
-        fix = "leave scanner and stain out: a table has no pixels"
-        raise DataError(f"{chosen[0].kind} changes images, the data are numbers", where="data.shift", fix=fix)
+        chosen = chosen or [shifts["backdoor"]]
+        fix = "leave scanner, stain and backdoor out: a table has no pixels"
+        raise DataError(
+            f"{chosen[0].kind} changes images, the data are numbers", where="data.shift", fix=fix, code="shift"
+        )
     draw = {"stain": appearance.stain_of, "scanner": appearance.scanner_of}
     characters = {s.kind: draw[s.kind](s.strength, seed, site.name) for s in chosen}
-    files = site.digests
+    files, bad = site.digests, marked(site, backdoor.strength, seed) if backdoor else np.zeros(0, dtype=np.int64)
 
     def change(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         if stain := characters.get("stain"):
             images = appearance.restain(images, stain)
         if scanner := characters.get("scanner"):
             images = appearance.scan(images, scanner, [files[row] for row in rows], seed, site.name)
-        return images
+        return appearance.mark(images, np.isin(rows, bad))
 
-    mark = json.dumps([_VERSION, characters, site.name if "scanner" in characters else "", seed])
-    digests = tuple(hashlib.sha256(f"{digest}|shift|{mark}".encode()).hexdigest() for digest in files)
+    character = json.dumps([_VERSION, characters, site.name if "scanner" in characters else "", seed])
+    digests = [_digest(file, character) if characters else file for file in files]
+    for row in bad:
+        digests[row] = _digest(digests[row], "backdoor")
     view = View(site.images, np.arange(len(files)), change)
     said = [f"{s.kind} of strength {s.strength:g} ({_character(characters[s.kind])})" for s in chosen]
-    return replace(site, images=view, digests=digests), said
+    return replace(site, images=view, digests=tuple(digests)), said
 
 
 def chosen_classes(
@@ -155,6 +174,7 @@ def chosen_classes(
             f"the site trains on {len(here)} classes only",
             where=f"data.shift, {shift.kind}, site {site.name}",
             fix=f"use at most {len(here) - spare}" + (" and leave one of its own" if spare else ""),
+            code="shift",
         )
     return chosen
 
@@ -179,13 +199,21 @@ def flipped(site: SiteImages, strength: float, seed: int) -> NDArray[np.int64]:
     here, labels = np.unique(site.labels[train]), site.labels.copy()
     if strength and len(here) < 2:
         where = f"data.shift, label-noise, site {site.name}"
-        raise DataError("the site trains on one class only", where=where, fix="leave the site out of sites")
+        raise DataError(
+            "the site trains on one class only", where=where, fix="leave the site out of sites", code="shift"
+        )
     generator = numpy_generator(seed, "shift", "label-noise", site.name)
     order, steps = generator.permutation(train), generator.integers(1, max(2, len(here)), size=len(train))
     n = round(strength * len(train))
     at = np.searchsorted(here, labels[order[:n]])
     labels[order[:n]] = here[(at + steps[:n]) % len(here)]
     return labels
+
+
+def marked(site: SiteImages, share: float, seed: int) -> NDArray[np.int64]:
+    """Return the training images of a site that a backdoor marks, ascending. A larger share marks the same and more."""
+    train = numpy_generator(seed, "shift", "backdoor", site.name).permutation(site.indices("train"))
+    return np.sort(train[: round(share * len(train))])
 
 
 def kept(site: SiteImages, strength: float, seed: int) -> NDArray[np.bool_]:
@@ -208,7 +236,7 @@ def _only(site: SiteImages, keep: NDArray[np.bool_]) -> SiteImages:
     rows = np.flatnonzero(keep)
     if not (site.split[rows] == TRAIN).any():
         fix = "let it keep some classes or images"
-        raise DataError("the shifts leave no image to train on", where=f"site {site.name}", fix=fix)
+        raise DataError("the shifts leave no image to train on", where=f"site {site.name}", fix=fix, code="shift")
     return replace(
         site,
         images=site.images[rows] if isinstance(site.images, np.ndarray) else View(site.images, rows),
@@ -217,6 +245,10 @@ def _only(site: SiteImages, keep: NDArray[np.bool_]) -> SiteImages:
         split=site.split[rows],
         digests=tuple(site.digests[row] for row in rows),
     )
+
+
+def _digest(file: str, change: str) -> str:
+    return hashlib.sha256(f"{file}|shift|{change}".encode()).hexdigest()
 
 
 def _pairs(ring: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:

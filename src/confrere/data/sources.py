@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from confrere.data.options import DataOptions, Partition
+from confrere.data.paths import Root
 from confrere.errors import DataError
 
 SplitName = Literal["train", "val", "test"]
@@ -58,14 +59,34 @@ def read_listing(path: Path, options: DataOptions) -> Listing:
     Raises:
         DataError: the path does not exist or is none of these, or its contents do not fit.
     """
+    try:
+        return _listing(path, options)
+    except OSError as error:
+        fix = "mend the path or its permissions"
+        raise DataError(
+            f"the data cannot be read: {error.strerror}", where=path.name, fix=fix, code="unreadable-file"
+        ) from error
+
+
+def _listing(path: Path, options: DataOptions) -> Listing:
     from confrere.data import folder, manifest, table
 
     if path.is_dir():
+        if not Root(path).holds(path / "federation.toml"):
+            fix = "copy it there, or give its own path"
+            raise DataError(
+                "federation.toml is a link that leads out of the data",
+                where=path.name,
+                fix=fix,
+                code="path-leaves-data",
+            )
         if (path / "federation.toml").is_file():
             return manifest.read_manifest(path / "federation.toml")
         return folder.read_folder(path, pooled=options.partition is not None)
     if not path.is_file():
-        raise DataError("there is no such folder or file", where=path.name, fix="check the path of the data")
+        raise DataError(
+            "there is no such folder or file", where=path.name, fix="check the path of the data", code="no-such-path"
+        )
     if path.suffix.lower() == ".toml":
         return manifest.read_manifest(path)
     if path.suffix.lower() == ".csv":
@@ -75,4 +96,5 @@ def read_listing(path: Path, options: DataOptions) -> Listing:
         f"a {path.suffix or 'file without a suffix'} is not a federation",
         where=path.name,
         fix="give a folder <site>/<class>/<image>, a .csv table or a federation.toml",
+        code="no-such-path",
     )

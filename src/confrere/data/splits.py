@@ -120,7 +120,9 @@ def read_splits(path: Path, expected: Sequence[tuple[str, str]]) -> list[int]:
     stored: dict[tuple[str, str], int] = {}
     for line, cells in read_rows(path, ["site", "sha256", "split"]):
         if cells["split"] not in NAMES:
-            raise DataError(f"line {line}: the split is not train, val or test", where=path.name, fix="restore it")
+            raise DataError(
+                f"line {line}: the split is not train, val or test", where=path.name, fix="restore it", code="splits"
+            )
         stored[(cells["site"], cells["sha256"])] = NAMES.index(cells["split"])
     new, gone = len(set(expected) - stored.keys()), len(stored.keys() - set(expected))
     if new or gone:
@@ -128,6 +130,7 @@ def read_splits(path: Path, expected: Sequence[tuple[str, str]]) -> list[int]:
             f"the images changed since they were split: {new} new, {gone} gone",
             where=path.name,
             fix="restore the images, or start a new run so that all of them are split afresh",
+            code="data-changed",
         )
     return [stored[key] for key in expected]
 
@@ -147,4 +150,5 @@ def check_groups(groups: Sequence[int], splits: Sequence[int], *, where: str) ->
             f"{leaks} patients are in more than one of train, val and test",
             where=where,
             fix="give all pictures of a patient (and copies of a picture) the same split",
+            code="splits",
         )

@@ -39,7 +39,9 @@ def make_microscopy(
         DataError: ``out`` holds something, or a number is out of range.
     """
     if not 2 <= sites <= len(_NAMES) or not 8 <= images[0] <= images[1] or not 32 <= size <= 1024:
-        raise DataError("sites must be 2 to 8, images at least 8 a site, size 32 to 1024", where="synthetic set")
+        raise DataError(
+            "sites must be 2 to 8, images at least 8 a site, size 32 to 1024", where="synthetic set", code="synthetic"
+        )
     counts = np.geomspace(images[1], images[0], sites).round().astype(int)
     with new_folder(out) as draft:
         (draft / "SYNTHETIC.txt").write_text(_NOTICE, encoding="utf-8")

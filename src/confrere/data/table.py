@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from confrere import intake
 from confrere.data.paths import Root, check_class_name, site_id, slug
 from confrere.data.sources import Listing, Row, SplitName
 from confrere.errors import DataError
 
 SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+MOST_BYTES, MOST_COLUMNS = 100_000_000, 10_000
 _SHOWN = 5
+_KNOWN = ("path", "label", "site", "patient", "lesion", "split", "file", "sha256")
 T = TypeVar("T")
 
 
@@ -37,9 +41,13 @@ def read_table(path: Path, *, pooled: bool = False, column: str | None = None, s
     seen: dict[str, str] = {}
     rows = tuple(collect(path, needed, lambda cells: _row(root, cells, pooled, column, site, seen)))
     if not rows:
-        raise DataError("the table has no rows", where=path.name, fix="write one line an image below the header")
+        raise DataError(
+            "the table has no rows", where=path.name, fix="write one line an image below the header", code="table-rows"
+        )
     if len({row.split is None for row in rows}) == 2:
-        raise DataError("only some rows have a split", where=path.name, fix="fill the column, or remove it")
+        raise DataError(
+            "only some rows have a split", where=path.name, fix="fill the column, or remove it", code="splits"
+        )
     return Listing(name=slug(path.stem), rows=rows)
 
 
@@ -89,7 +97,7 @@ def collect(path: Path, needed: list[str], make: Callable[[dict[str, str]], T]) 
         if len(faults) == _SHOWN:
             break
     if faults:
-        raise DataError("; ".join(faults), where=path.name, fix="mend these lines")
+        raise DataError("; ".join(faults), where=path.name, fix="mend these lines", code="table-rows")
     return made
 
 
@@ -99,10 +107,14 @@ def read_rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str
     Raises:
         DataError: not UTF-8, a broken or repeated header, a column missing, a ragged or unreadable line.
     """
-    text = _text(path)
-    first = text.split("\n", 1)[0]
+    data = _bytes(path)
+    first = data[:100_000].split(b"\n", 1)[0].decode(errors="replace")
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    if first.count(delimiter) >= MOST_COLUMNS:
+        raise _too_wide(path)
+    # Decoded as it is read: a string in memory may take four bytes a character.
+    text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         _check_header(path, header, needed)
@@ -114,34 +126,68 @@ def read_rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str
                     f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}",
                     where=path.name,
                     fix="put cells that hold a comma in double quotes",
+                    code="table-rows",
                 )
             yield reader.line_num, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise DataError(
-            f"line {reader.line_num} is not valid CSV: {error}", where=path.name, fix="check its quotes"
+            f"line {reader.line_num} is not valid CSV: {error}",
+            where=path.name,
+            fix="check its quotes",
+            code="table-rows",
         ) from error
 
 
 def _check_header(path: Path, header: list[str], needed: Iterable[str]) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    if len(header) > MOST_COLUMNS:
+        raise _too_wide(path)
+    repeated = sorted(name for name, count in Counter(header).items() if count > 1)
     if repeated:
-        raise DataError(f"the header has {repeated[0]!r} twice", where=path.name, fix="rename or remove one")
+        named = _shown(header, repeated[0])
+        raise DataError(
+            f"the header has {named} twice", where=path.name, fix="rename or remove one", code="table-header"
+        )
     for name in needed:
         if name not in header:
             near = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
-            hint = f"rename {near[0]!r} to {name!r}" if near else f"add a column {name!r}"
-            raise DataError(f"the column {name!r} is missing", where=path.name, fix=hint)
+            hint = f"rename column {header.index(near[0]) + 1} to {name!r}" if near else f"add a column {name!r}"
+            raise DataError(f"the column {name!r} is missing", where=path.name, fix=hint, code="table-header")
 
 
-def _text(path: Path) -> str:
+def _shown(header: list[str], name: str) -> str:
+    """Return a name that this program knows, else its place: in a table without header it may be a patient's."""
+    return repr(name) if name in _KNOWN else f"the name of column {header.index(name) + 1}"
+
+
+def _too_wide(path: Path) -> DataError:
+    what, fix = f"the header has more than {MOST_COLUMNS:,} columns", "leave out what is not needed"
+    return DataError(what, where=path.name, fix=fix, code="table-rows")
+
+
+def _bytes(path: Path) -> bytes:
+    """Return a table's bytes, which are UTF-8 without zeros."""
     try:
-        data = path.read_bytes()
+        data = intake.read_bytes(path, MOST_BYTES)
     except OSError as error:
-        raise DataError(f"cannot read the table: {error.strerror}", where=path.name) from error
+        fix = "give a CSV file"
+        raise DataError(
+            f"cannot read the table: {error.strerror}", where=path.name, fix=fix, code="unreadable-file"
+        ) from error
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in data[:4096]:
-        raise DataError("the table is UTF-16 or binary", where=path.name, fix="save it as CSV in UTF-8")
+        raise DataError(
+            "the table is UTF-16 or binary", where=path.name, fix="save it as CSV in UTF-8", code="encoding"
+        )
+    zero = data.find(b"\x00")
+    if zero >= 0:
+        line = data.count(b"\n", 0, zero) + 1
+        raise DataError(
+            f"line {line} holds a zero byte", where=path.name, fix="save the table in UTF-8", code="encoding"
+        )
     try:
-        return data.decode("utf-8-sig")
+        data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"line {line} is not UTF-8", where=path.name, fix="save the table in UTF-8") from error
+        raise DataError(
+            f"line {line} is not UTF-8", where=path.name, fix="save the table in UTF-8", code="encoding"
+        ) from error
+    return data

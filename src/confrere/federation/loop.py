@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from confrere.errors import RunError
+from confrere.federation.defence import Defence, combine
 from confrere.federation.diagnostics import round_diagnostics
+from confrere.federation.events import begun, brief, evaluation, failure, site_record
+from confrere.federation.gate import Gate
+from confrere.federation.sampling import sample
+from confrere.federation.selection import best_round, should_stop, stopped
 from confrere.federation.transport import Failure, Transport
 from confrere.method import Method, Reply, Request
 from confrere.record.run import Run
-from confrere.seeds import numpy_generator
-from confrere.tensors import State, n_bytes
+from confrere.tensors import State, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,7 @@ class Plan:
         min_replies: fewer answers than this leave the server as it was.
         every: judge on validation data every so many rounds. patience: stop after so many judgements without a
             better one; 0 never stops early.
+        run: stamp of all messages. keep: delete states but of so many last rounds and the best one; 0 keeps all.
         train: sites asked to train; None for all. judge: sites asked to evaluate; None for all.
     """
 
@@ -34,6 +39,8 @@ class Plan:
     min_replies: int = 1
     every: int = 1
     patience: int = 0
+    run: str = ""
+    keep: int = 0
     train: tuple[str, ...] | None = None
     judge: tuple[str, ...] | None = None
 
@@ -45,33 +52,75 @@ def federate(
     plan: Plan,
     run: Run,
     notify: Callable[[dict[str, Any]], None] = lambda event: None,
+    *,
+    gate: Gate | None = None,
+    defence: Defence | None = None,
 ) -> State:
-    """Run rounds until the plan ends; continue after the last committed round of ``run``.
+    """Run rounds until the plan ends; continue after the last committed round of ``run`` that can be read.
 
     Raises:
         RunError: in some round no site answered; the server's state of the round before stands.
     """
-    done, journal = run.last_round(), run.events()
-    if done:
-        server = run.server(done)
-    else:
-        run.commit(0, server)
+    gate, defence = gate or Gate(method=method, run=plan.run), defence or Defence()
+    done, server = begin(run, server, notify)
+    written = run.events()
+    journal = [brief(e) for e in written if e.get("round", 0) <= done]
     for round_ in range(done + 1, plan.rounds + 1):
         if stopped(journal):
             break
-        server, events = one_round(method, server, transport, plan, round_)
-        reason = should_stop(method, [*journal, *events], plan, round_)
+        cohort = sample(willing_sites(transport, plan), plan.fraction, plan.seed, round_)
+        requests = ask("train", cohort, method, server, plan, round_)
+        intent = begun(round_, server, requests)
+        if written[-1:] != [intent]:  # else a process that was killed wrote it, and nothing more
+            run.append(intent)
+        written.clear()
+        server, events = one_round(method, server, requests, transport, plan, gate, defence)
+        reason = should_stop(method, [*journal, *events], round_, rounds=plan.rounds, patience=plan.patience)
         if reason:
-            events.append({"event": "stop", "round": round_, "reason": reason})
+            events.insert(0, {"event": "stop", "round": round_, "reason": reason})
         run.commit(round_, server, *events)
-        journal += events
+        journal += map(brief, events)
+        if plan.keep:
+            run.retain({best_round(journal), *range(max(0, round_ + 1 - plan.keep), round_ + 1)})
         for event in events:
             notify(event)
     return server
 
 
+def begin(run: Run, server: State, notify: Callable[[dict[str, Any]], None]) -> tuple[int, State]:
+    """Return the last round that is done and the server's state after it; what cannot be read is done again."""
+    last = run.last_round()
+    done, harmed = run.intact(last)
+    if harmed or (last and done < last):
+        event = {"event": "fallback", "to": max(done, 0), "from": last, "damaged": harmed}
+        run.append(event)
+        notify(event)
+    if done >= 0:
+        return done, run.server(done)
+    run.commit(0, server)
+    return 0, server
+
+
+def ask(
+    kind: Literal["train", "evaluate"], sites: Sequence[str], method: Method, server: State, plan: Plan, round_: int
+) -> dict[str, Request]:
+    """Return what each of ``sites`` is asked."""
+    return {s: Request(kind=kind, run=plan.run, round=round_, state=method.broadcast(server, s)) for s in sites}
+
+
+def willing_sites(transport: Transport, plan: Plan) -> list[str]:
+    """Return the sites that may be asked to train."""
+    return [s for s in transport.sites() if plan.train is None or s in plan.train]
+
+
 def one_round(
-    method: Method, server: State, transport: Transport, plan: Plan, round_: int
+    method: Method,
+    server: State,
+    requests: Mapping[str, Request],
+    transport: Transport,
+    plan: Plan,
+    gate: Gate,
+    defence: Defence,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Return the server's state after a round, and the round's events.
 
@@ -79,129 +128,52 @@ def one_round(
         RunError: every willing site was asked and none answered. Where only some were asked, the round is lost.
     """
     started = time.perf_counter()
-    willing = [s for s in transport.sites() if plan.train is None or s in plan.train]
-    cohort = sample(willing, plan.fraction, plan.seed, round_)
-    requests = {s: Request(kind="train", round=round_, state=method.broadcast(server, s)) for s in cohort}
-    replies, failures = sorted_answers(transport.exchange(requests))
-    if not replies and len(cohort) == len(willing):
+    round_ = next(iter(requests.values())).round
+    replies, failures = gate.admit(requests, transport.exchange(requests))
+    if not replies and len(requests) == len(willing_sites(transport, plan)):
         raise RunError(
-            f"0 of {len(cohort)} sites answered: " + "; ".join(f"{f.site}: {f.reason}" for f in failures),
+            f"0 of {len(requests)} sites answered: " + "; ".join(f"{f.site}: {f.reason}" for f in failures),
             where=f"round {round_}",
             fix="; ".join(dict.fromkeys(f.fix for f in failures if f.fix)),
+            code="no-replies",
         )
-    enough = len(replies) >= max(1, plan.min_replies)
-    updated = method.aggregate(server, replies) if enough else server
-    judged, unjudged, received = judge(method, updated, transport, plan, round_)
+    needed, missing, updated = max(1, plan.min_replies), "", server
+    if len(replies) < needed:
+        missing = f"{len(replies)} of {needed} needed replies came: nothing was averaged"
+    else:
+        combined, refused = combine(method, server, requests, replies, defence)
+        failures += refused
+        if combined is None:
+            missing = f"too few replies are left for federation.rule={defence.rule}: nothing was averaged"
+        else:
+            updated = combined
+    judged, unjudged, asked = judge(method, updated, transport, plan, gate, round_)
     after = {r.site: r.metrics["overlap"] for r in judged}
     events = [failure(round_, f) for f in [*failures, *unjudged]]
-    if not enough:
-        reason = f"{len(replies)} of {plan.min_replies} needed replies came: nothing was averaged"
-        events.append(failure(round_, Failure("", reason)))
-    events.append(
+    if missing:
+        events.append(failure(round_, Failure("", missing, code="quorum")))
+    if judged:
+        events.append(evaluation(round_, judged, asked, counts=method.may_stop(round_, plan.rounds)))
+    events.append(  # the last: it makes the others count
         {
             "event": "round",
             "round": round_,
             "seconds": round(time.perf_counter() - started, 3),
+            "server": digest(updated),
+            "averaged": not missing,
             "sites": {r.site: site_record(requests[r.site], r) for r in replies},
             "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after),
         }
     )
-    counts = method.may_stop(round_, plan.rounds)
-    return updated, events + ([evaluation(round_, judged, received, counts=counts)] if judged else [])
-
-
-def cohort_size(fraction: float, sites: int) -> int:
-    """Return how many of ``sites`` are asked a round, at least one."""
-    return max(1, round(fraction * sites))
-
-
-def sample(sites: Sequence[str], fraction: float, seed: int, round_: int) -> list[str]:
-    """Return the sites of a round, sorted; all of them when ``fraction`` is 1."""
-    count = cohort_size(fraction, len(sites))
-    chosen = numpy_generator(seed, "cohort", round_).permutation(len(sites))[:count]
-    return sorted(sites[i] for i in chosen)
+    return updated, events
 
 
 def judge(
-    method: Method, server: State, transport: Transport, plan: Plan, round_: int
-) -> tuple[list[Reply], list[Failure], dict[str, int]]:
-    """Return validation replies and who gave none, both sorted, and bytes sent to each; nothing in other rounds."""
+    method: Method, server: State, transport: Transport, plan: Plan, gate: Gate, round_: int
+) -> tuple[list[Reply], list[Failure], dict[str, Request]]:
+    """Return validation replies and who gave none, both sorted, and what each was asked; nothing in other rounds."""
     if round_ % plan.every and round_ != plan.rounds:
         return [], [], {}
     sites = [s for s in transport.sites() if plan.judge is None or s in plan.judge]
-    requests = {s: Request(kind="evaluate", round=round_, state=method.broadcast(server, s)) for s in sites}
-    sizes = {site: n_bytes(request.state) for site, request in requests.items()}
-    return *sorted_answers(transport.exchange(requests)), sizes
-
-
-def sorted_answers(answers: Iterable[Reply | Failure]) -> tuple[list[Reply], list[Failure]]:
-    """Return replies and failures apart, each sorted by site: the order of a sum decides its last bit."""
-    found = sorted(answers, key=lambda a: a.site)
-    return [a for a in found if isinstance(a, Reply)], [a for a in found if isinstance(a, Failure)]
-
-
-def failure(round_: int, failed: Failure) -> dict[str, Any]:
-    """Return the event of a site that gave no answer; an empty site means the server."""
-    reason = "; ".join(part for part in (failed.reason, failed.fix) if part)
-    return {"event": "failure", "round": round_, "site": failed.site or None, "reason": reason}
-
-
-def evaluation(
-    round_: int, replies: Sequence[Reply], received: Mapping[str, int], *, counts: bool = True
-) -> dict[str, Any]:
-    """Return the event of a judged round: balanced accuracy per site, its mean, the criterion of choice, bytes sent."""
-    scores = {r.site: r.metrics["score"] for r in replies}
-    return {
-        "event": "evaluation",
-        "round": round_,
-        "split": "val",
-        "sites": scores,
-        "mean": _mean(scores.values()),
-        "criterion": _mean(r.metrics["confidence"] for r in replies),
-        "received_bytes": {r.site: received[r.site] for r in replies},
-        "counts": counts,
-    }
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-def best_round(events: Sequence[Mapping[str, Any]]) -> int:
-    """Return the round of the best validation criterion (the earliest of equals), else the last round.
-
-    The criterion is the mean over sites of the balanced mean probability of the true class. Rounds before the last
-    phase of a method do not count, unless there are no others.
-    """
-    known = [e for e in events if e["event"] == "evaluation" and e["criterion"] is not None]
-    judged = [e for e in known if e.get("counts", True)] or known
-    if judged:
-        return int(-max((e["criterion"], -e["round"]) for e in judged)[1])
-    return max((e["round"] for e in events if e["event"] == "round"), default=0)
-
-
-def should_stop(method: Method, events: Sequence[Mapping[str, Any]], plan: Plan, round_: int) -> str:
-    """Return why to stop after this round, or an empty string."""
-    if not plan.patience or not method.may_stop(round_, plan.rounds) or round_ == plan.rounds:
-        return ""
-    best = best_round(events)
-    since = sum(1 for e in events if e["event"] == "evaluation" and e["round"] > best and e.get("counts", True))
-    return f"no better validation criterion since round {best}" if since >= plan.patience else ""
-
-
-def stopped(events: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the run ended early on purpose."""
-    return any(e["event"] == "stop" for e in events)
-
-
-def site_record(request: Request, reply: Reply) -> dict[str, Any]:
-    """Return what the journal keeps of one site in one round."""
-    m = reply.metrics
-    return {
-        "loss": m.get("loss"),
-        "examples": m["examples"],
-        "sent_bytes": n_bytes(reply.state),
-        "received_bytes": n_bytes(request.state),
-        "seconds": round(m.get("seconds", 0.0), 3),
-    }
+    requests = ask("evaluate", sites, method, server, plan, round_)
+    return *gate.admit(requests, transport.exchange(requests)), requests

@@ -58,7 +58,7 @@ class Site:
     def _train(self, request: Request) -> Reply:
         stored = self.store.reply(request.round)
         if stored is not None:
-            return stored
+            return replace(stored, run=request.run)
         started = time.perf_counter()
         learner = Learner(
             backbone=self.backbone,
@@ -74,7 +74,10 @@ class Site:
         metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
         params = self.method.personal({**request.state, **payload}, state)
         metrics["overlap"] = self._look(params)  # refuses what would break the average
-        reply = Reply(site=self.name, round=request.round, state=payload, weight=self.weight, metrics=metrics)
+        metrics["kept"] = digest(state)
+        reply = Reply(
+            site=self.name, run=request.run, round=request.round, state=payload, weight=self.weight, metrics=metrics
+        )
         self.store.write(request.round, state, reply)
         # Time is not stored: the same seed leaves the same bytes.
         return replace(reply, metrics={**metrics, "seconds": time.perf_counter() - started})
@@ -86,7 +89,7 @@ class Site:
             metrics, predictions = examine(known, logits, self.data, self.seed, self.name)
             if self.keep is not None:
                 self.keep(request.model, predictions)
-            return Reply(site=self.name, round=request.round, metrics=metrics)
+            return Reply(site=self.name, run=request.run, round=request.round, metrics=metrics)
         rows = self.validation_rows()
         chances = self._predict(params, rows).double().softmax(1).numpy()
         labels = self.data.labels[rows]
@@ -96,7 +99,7 @@ class Site:
             "examples": len(rows),
             "overlap": self._look(params),
         }
-        return Reply(site=self.name, round=request.round, metrics=metrics)
+        return Reply(site=self.name, run=request.run, round=request.round, metrics=metrics)
 
     def params(self, request: Request) -> Tensors:
         """Return the tensors the site predicts with after ``request.round``, given what it received."""
@@ -151,6 +154,7 @@ def check_payload(method: Method, site: str, round_: int, payload: State) -> Non
                 "a group that may not leave the site was about to be sent",
                 where=where,
                 fix=f"{method.name} may send only {', '.join(method.sends) or 'nothing'}",
+                code="group-not-declared",
             )
         if tensors and not torch.isfinite(torch.cat([value.flatten() for value in tensors.values()])).all():
             name = next(name for name, value in tensors.items() if not torch.isfinite(value).all())
@@ -158,4 +162,5 @@ def check_payload(method: Method, site: str, round_: int, payload: State) -> Non
                 "a tensor holds a value that is not finite",
                 where=f"{where}, {name}",
                 fix="lower train.lr",
+                code="update-values",
             )

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from confrere.errors import TrainingError, UpdateRefusedError
 from confrere.federation.site import Site
 from confrere.method import Reply, Request
@@ -14,11 +16,12 @@ from confrere.method import Reply, Request
 
 @dataclass(frozen=True)
 class Failure:
-    """A site that did not answer, why, and what would help."""
+    """A site that did not answer, or whose answer was refused: why, what would help, and a code of docs/errors.md."""
 
     site: str
     reason: str
     fix: str = ""
+    code: str = ""
 
 
 class Transport(Protocol):
@@ -55,4 +58,6 @@ class InProcess:
         try:
             return self._sites[name].handle(request)
         except (TrainingError, UpdateRefusedError) as error:
-            return Failure(name, error.reason, error.fix)
+            return Failure(name, error.reason, error.fix, error.code)
+        except (MemoryError, torch.OutOfMemoryError):
+            return Failure(name, "the site ran out of memory", "lower train.batch_size", code="out-of-memory")

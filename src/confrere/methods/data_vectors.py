@@ -16,16 +16,12 @@ from confrere.method import Reply, one_of, register
 from confrere.methods.ensemble import Ensemble
 from confrere.tensors import State, Tensors, weighted_mean
 
+PAPER = "Improving the Classification Effect of Clinical Images of Diseases for Multi-Source Privacy Protection"
 KEPT = "site."  # prefix of the server's groups that hold each site's newest vector
 GRID = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # what ``tuned`` tries as factors of the mean vector
 
 
-@register(
-    "data-vectors",
-    title="Train alone, add up the changes (data vectors)",
-    paper="Improving the Classification Effect of Clinical Images of Diseases for Multi-Source Privacy Protection, "
-    "arXiv 2408.13038",
-)
+@register("data-vectors", title="Train alone, add up the changes (data vectors)", paper=f"{PAPER}, arXiv 2408.13038")
 @dataclass(frozen=True, kw_only=True)
 class DataVectors(Ensemble):
     """``theta = theta_pre + sum_j c_j tau_j`` with ``tau_j = theta_j - theta_pre`` of site j, which trained alone.
@@ -40,12 +36,12 @@ class DataVectors(Ensemble):
         predicts: ``fused``, the ``ensemble`` of the sites' models (mean of probabilities) or the site's ``own`` model.
         when: a vector is sent in the ``last`` training round, once, or in ``every`` one (for sites not always asked).
 
-    Differences from the paper: adapters instead of networks; layer norms keep no statistics to restore, so nothing
-    rescues a sum too large. Before any vector came, sites use their own model.
+    Differences from the paper: adapters; layer norms keep no statistics to restore, so nothing rescues a sum too large.
     """
 
     sends: ClassVar[tuple[str, ...]] = ("shared", "scores")
     unequal: ClassVar[bool] = True
+    optional: ClassVar[tuple[str, ...]] = ("scores",)
     also_sends: ClassVar[tuple[str, ...]] = ("validation losses, if coefficients are tuned",)
     also_keeps: ClassVar[tuple[str, ...]] = ("copy of the own model",)
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"coefficients": ("choice", "sum", "mean", "images", "tuned")}
@@ -86,9 +82,14 @@ class DataVectors(Ensemble):
         if learner.round > self.trained(learner.rounds):
             return self.judge(learner, received["shared"]) if received else {}, state
         fitted = learner.fit(state.get("shared") or state["private"])
-        if self.when == "every" or learner.round == self.trained(learner.rounds):
-            return {"shared": fitted}, {"shared": fitted}
-        return {}, {"private": fitted}
+        sent = self.payload(fitted, received, learner.round, learner.rounds)
+        return sent, sent or {"private": fitted}
+
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return the model in rounds that send it, and losses in the round after training."""
+        if round_ > self.trained(rounds):
+            return {"scores": {"loss": torch.zeros(len(GRID), dtype=torch.float64)}} if received else {}
+        return {"shared": params} if self.when == "every" or round_ == self.trained(rounds) else {}
 
     def judge(self, learner: Learner, mean: Tensors) -> State:
         """Return the validation loss (len(GRID),) of each factor on the mean vector; nothing without such images."""

@@ -9,7 +9,7 @@ from confrere.learner import Learner
 from confrere.method import register, rounds_before
 from confrere.methods.mixing import Mixing
 from confrere.methods.two_models import check_share, divide
-from confrere.tensors import State
+from confrere.tensors import State, Tensors
 
 PAPER = "Yang et al., Dual-Personalizing Adapter for Federated Foundation Models, NeurIPS 2024, arXiv 2403.19211"
 
@@ -84,6 +84,10 @@ class FedDPAF(Mixing):
         if learner.round <= self.shared_rounds(learner.rounds):
             return self.split(self.fit_global(learner, params, steps))
         return {}, self.init_site(self.fit_local(learner, params, steps))
+
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return the global adapter and a shared head, and nothing in the last rounds."""
+        return super().payload(params, received, round_, rounds) if round_ <= self.shared_rounds(rounds) else {}
 
     def may_stop(self, round_: int, rounds: int) -> bool:
         """Return whether the local adapter is being trained: judgements before say nothing of it."""

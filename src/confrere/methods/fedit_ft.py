@@ -50,6 +50,10 @@ class FedITFineTuned(Method):
             return {"shared": fitted}, {"private": {}}
         return {}, {"private": fitted}
 
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return the adapter and head, and nothing in the last rounds."""
+        return super().payload(params, received, round_, rounds) if round_ <= self.shared_rounds(rounds) else {}
+
     def may_stop(self, round_: int, rounds: int) -> bool:
         """Return whether fine-tuning has begun: judgements before say nothing of it."""
         return round_ > self.shared_rounds(rounds)

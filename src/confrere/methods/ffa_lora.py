@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from confrere.adapters.names import side_of
 from confrere.learner import Learner
@@ -24,6 +25,9 @@ class FFALoRA(Method):
     Differences from the paper: A is drawn as for every other method (uniform); the head is trained and averaged;
     a vision transformer; no noise for differential privacy, which the paper studies.
     """
+
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Nothing: A is never sent, but the same everywhere, so it is no part of a model of a site's own."""
 
     def shared(self, name: str) -> bool:
         """All but A."""

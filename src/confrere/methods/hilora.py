@@ -106,8 +106,7 @@ class HiLoRA(Tiers):
             penalty=term if gamma > 0 else None,
         )
         kept = pick(fitted, lambda name: not self.shared(name) or (tier == "leaf" and slot_of(name) is None))
-        sent = pick(fitted, lambda name: self.shared(name) and slot_of(name) in (tier, None))
-        return {} if tier == "leaf" else {"tier": sent}, {**state, "private": kept}
+        return self.payload(fitted, received, learner.round, learner.rounds), {**state, "private": kept}
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return all tiers; those of its group for a site that has trained, the shared ones for an unseen one."""

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
+from confrere.adapters.clusters import founders, redrawn
 from confrere.errors import ConfigError
 from confrere.learner import Learner
 from confrere.method import Method, Reply, one_of, register
-from confrere.seeds import torch_generator
-from confrere.tensors import State, Tensors, digest, sq_dist, weighted_mean
+from confrere.seeds import numpy_generator
+from confrere.tensors import State, Tensors, weighted_mean
 
+PAPER = "Ghosh et al., An Efficient Framework for Clustered Federated Learning, NeurIPS 2020, arXiv 2006.04088"
 CLUSTER = "cluster."  # prefix of the groups that hold the models to choose from
 
 
-@register(
-    "ifca",
-    title="Clusters chosen by training loss (IFCA)",
-    paper="Ghosh et al., An Efficient Framework for Clustered Federated Learning, NeurIPS 2020, arXiv 2006.04088",
-)
+@register("ifca", title="Clusters chosen by training loss (IFCA)", paper=PAPER)
 @dataclass(frozen=True, kw_only=True)
 class IFCA(Method):
     """Keep ``clusters`` models; a site trains the one of least training loss and says which; each is averaged alone.
@@ -33,6 +30,7 @@ class IFCA(Method):
 
     Args:
         clusters: how many models, >= 2.
+        images: at most so many training images decide, at a pass a model, drawn anew in every round; 0: all.
         start: how they begin to differ. ``sites``: in round 1 all train the same model; then as many sites found one
             each with what they trained (sent to all as it is), the first the farthest from the mean, each next from
             those before. ``draw``: heads are drawn at random, and sites choose from round 1 on.
@@ -48,12 +46,15 @@ class IFCA(Method):
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"clusters": ("choice", 2, 3, 4)}
 
     clusters: int = 2
+    images: int = 64
     start: str = "sites"
 
     def __post_init__(self) -> None:
         one_of("method.start", self.start, ("sites", "draw"))
         if self.clusters < 2:
             raise ConfigError(f"{self.clusters} is too few", where="method.clusters", fix="use clusters >= 2")
+        if self.images < 0:
+            raise ConfigError(f"{self.images} is too few", where="method.images", fix="use images >= 0; 0 takes all")
 
     @property
     def needs(self) -> Literal["sum", "each"]:
@@ -78,9 +79,26 @@ class IFCA(Method):
         models = [received[f"{CLUSTER}{j}"] for j in range(len(received) - 1)]
         if not models:
             return {"shared": learner.fit(received["shared"])}, {}
-        chosen = min(range(len(models)), key=lambda j: learner.mean_loss(models[j], "train"))
+        judge = self.few(learner)
+        chosen = min(range(len(models)), key=lambda j: judge.mean_loss(models[j], "train"))
         choice = {"cluster": torch.tensor([float(chosen)])}
         return {"shared": learner.fit(models[chosen]), "choice": choice}, {"choice": choice}
+
+    def few(self, learner: Learner) -> Learner:
+        """Return the learner with at most ``images`` of its training images, drawn at the round's address."""
+        rows, split = learner.data.rows("train"), learner.data.split.copy()
+        order = numpy_generator(learner.seed, "choice", learner.round, learner.site).permutation(rows)
+        split[order[self.images or len(order) :]] = -1  # a code of no split
+        return replace(learner, data=replace(learner.data, split=split))
+
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return a model and, once there are clusters, a choice."""
+        choice = {"choice": {"cluster": torch.zeros(1)}} if f"{CLUSTER}0" in received else {}
+        return {**super().payload(params, received, round_, rounds), **choice}
+
+    def plausible(self, payload: State) -> bool:
+        """Return whether the choice is the number of a cluster."""
+        return "choice" not in payload or float(payload["choice"]["cluster"]) in range(self.clusters)
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average every cluster over those who chose it; found the clusters first if there are none."""
@@ -92,8 +110,7 @@ class IFCA(Method):
         came = {r.site: torch.tensor([chosen[r.site], r.weight], dtype=torch.float64) for r in replies}
         new = {**server, "choices": {**server.get("choices", {}), **came}}  # of all sites, as (cluster, weight)
         for j in sorted(set(chosen.values())):
-            sent = [(r.weight, r.state["shared"]) for r in replies if chosen[r.site] == j]
-            new[f"{CLUSTER}{j}"] = weighted_mean(sent)
+            new[f"{CLUSTER}{j}"] = weighted_mean((r.weight, r.state["shared"]) for r in replies if chosen[r.site] == j)
         last = [choice.tolist() for _, choice in sorted(new["choices"].items())]
         return {**new, "shared": weighted_mean([(weight, new[f"{CLUSTER}{int(j)}"]) for j, weight in last])}
 
@@ -101,20 +118,3 @@ class IFCA(Method):
         """Return the cluster the site last chose, or the mean model."""
         chosen = state.get("choice", {}).get("cluster")
         return received["shared"] if chosen is None else received[f"{CLUSTER}{int(chosen)}"]
-
-
-def founders(models: Sequence[Tensors], mean: Tensors, count: int) -> list[Tensors]:
-    """Return ``count`` models, each as far as can be from those before, the first from the mean (ties: the first)."""
-    models = [dict(sorted(model.items())) for model in models]  # the order of a sum decides its last bit
-    chosen: list[Tensors] = []
-    while len(chosen) < count:
-        gaps = [min(float(sq_dist(model, other)) for other in chosen or [mean]) for model in models]
-        chosen.append(models[gaps.index(max(gaps))])
-    return chosen
-
-
-def redrawn(params: Tensors, cluster: int) -> dict[str, Tensor]:
-    """Return ``params`` with a head of deviation ``1/sqrt(features)``, drawn anew for each cluster and run."""
-    weight, seed = params["head.weight"], int(digest({"": params})[:15], 16)
-    generator = torch_generator(seed, "head", cluster)
-    return {**params, "head.weight": torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5}

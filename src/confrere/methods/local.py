@@ -17,6 +17,7 @@ class Local(Method):
     sends: ClassVar[tuple[str, ...]] = ()
     slots: ClassVar[tuple[str, ...]] = ("personal",)
     unequal: ClassVar[bool] = True
+    depths: ClassVar[bool] = True
 
     def shared(self, name: str) -> bool:
         """Nothing is shared."""

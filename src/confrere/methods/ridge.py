@@ -79,6 +79,20 @@ class Ridge(Method):
         learner.metrics["loss"] = error
         return {"statistics": {"gram": gram, "moment": moment}}, state
 
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return both moments."""
+        classes, features = params[head.WEIGHT].shape
+        gram, moment = (torch.empty(features + 1, n, dtype=torch.float64) for n in (features + 1, classes))
+        return {"statistics": {"gram": gram, "moment": moment}}
+
+    def plausible(self, payload: State) -> bool:
+        """Return whether weights of sum 1 can give these moments: the last z is 1, the y of an image sum to 1."""
+        gram, moment = payload["statistics"]["gram"], payload["statistics"]["moment"]
+        hair = 1e-6 * gram.diagonal().mean().clamp_min(0)
+        sums = torch.cat([moment.sum(1) - gram[-1], gram[-1:, -1] - 1]).abs()
+        square = torch.linalg.cholesky_ex(gram + hair * torch.eye(len(gram), dtype=gram.dtype)).info == 0
+        return bool(square and (gram - gram.T).abs().max() <= hair and sums.max() <= hair and moment[-1].min() >= 0)
+
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Solve for the head from the weighted mean of the moments."""
         sent = [(reply.weight, reply.state["statistics"]) for reply in replies if reply.state.get("statistics")]

@@ -48,6 +48,10 @@ class RoLoRA(Method):
         fitted = learner.fit(self.personal(received, state), train=turn.__contains__)
         return {"shared": pick(fitted, turn.__contains__)}, {"private": {}}
 
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return the factor whose turn it is, and the head."""
+        return {"shared": pick(params, received["shared"].__contains__)}
+
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average the factor whose turn it is and the head; the other factor stays, and its turn is next."""
         averaged = super().aggregate(server, replies)

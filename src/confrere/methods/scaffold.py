@@ -74,6 +74,15 @@ class Scaffold(Method):
         kept = {**kept, "control": newest, "settled": settled, "asked": {"round": torch.tensor([learner.round])}}
         return {**payload, "control": change}, kept
 
+    def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
+        """Return the shared tensors, the change of c_k, and the mark of a first answer."""
+        change = {**pick(params, _controlled), FIRST: torch.zeros((), dtype=torch.float64)}
+        return {**super().payload(params, received, round_, rounds), "control": change}
+
+    def plausible(self, payload: State) -> bool:
+        """Return whether the mark of a first answer is 0 or 1."""
+        return float(payload["control"][FIRST]) in (0.0, 1.0)
+
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average the tensors; add the sites' changes and the weight of those that are new to the sums of c."""
         averaged = super().aggregate(server, replies)

@@ -24,7 +24,12 @@ def summary(values: Mapping[str, float | None]) -> dict[str, Any]:
     defined = {site: float(value) for site, value in values.items() if value is not None}
     for site, value in defined.items():
         if not math.isfinite(value):
-            raise DataError(f"the value {value} is not finite", where=f"site {site}", fix="give None if undefined")
+            raise DataError(
+                f"the value {value} is not finite",
+                where=f"site {site}",
+                fix="give None if undefined",
+                code="metric-input",
+            )
     undefined = [site for site in values if site not in defined]
     if not defined:
         return {"mean": None, "worst": None, "worst_site": None, "spread": None, "undefined": undefined}

@@ -119,16 +119,19 @@ def _check(z: Floats, y: Ints, w: Floats) -> None:
             f"logits {z.shape}, labels {y.shape} and weights {w.shape} do not fit together",
             where="temperature",
             fix="give logits (N, K), labels (N,) and weights (N,)",
+            code="metric-input",
         )
     if not np.isfinite(z).all() or not np.isfinite(w).all() or (w < 0).any():
         raise DataError(
             "logits or weights are not finite, or a weight is negative",
             where="temperature",
             fix="look for diverged training before calibrating",
+            code="metric-input",
         )
     if len(y) and not (y.min() >= 0 and y.max() < z.shape[1]):
         raise DataError(
             f"labels run from {y.min()} to {y.max()}",
             where="temperature",
             fix=f"labels are class numbers 0 to {z.shape[1] - 1}",
+            code="metric-input",
         )

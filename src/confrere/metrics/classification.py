@@ -99,6 +99,7 @@ def score(probabilities: Floats, labels: Ints) -> float:
             f"cannot score {probabilities.shape} probabilities against {labels.shape} labels",
             where="balanced accuracy",
             fix="give (N, K) probabilities and (N,) labels with N >= 1",
+            code="metric-input",
         )
     right = probabilities.argmax(axis=1) == labels
     return float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
@@ -132,18 +133,21 @@ def check(
             f"probabilities {p.shape}, labels {y.shape}, groups {g.shape} and {n_classes} classes do not fit",
             where="evaluation",
             fix="give probabilities (N, K), labels (N,), groups (N,) and K class names",
+            code="metric-input",
         )
     if len(y) and not (y.min() >= 0 and y.max() < p.shape[1]):
         raise DataError(
             f"labels run from {y.min()} to {y.max()}",
             where="evaluation",
             fix=f"labels are class numbers 0 to {p.shape[1] - 1}",
+            code="metric-input",
         )
     if not (np.isfinite(p).all() and (p >= -1e-6).all() and (np.abs(p.sum(axis=1) - 1) < 1e-3).all()):
         raise DataError(
             "rows are not probabilities (finite, not negative, summing to 1)",
             where="evaluation",
             fix="apply softmax to the logits; NaN means that training diverged",
+            code="metric-input",
         )
     return np.clip(p, 0.0, 1.0), y, g
 

@@ -147,6 +147,7 @@ def _paired(runs_a: Sequence[Run], runs_b: Sequence[Run]) -> list[tuple[Run, Run
             f"{len(runs_a)} runs against {len(runs_b)}",
             where="paired gain",
             fix="give both models the same seeds",
+            code="metric-input",
         )
     pairs = [(check(*a), check(*b)) for a, b in zip(runs_a, runs_b, strict=True)]
     for s, (a, b) in enumerate(pairs):
@@ -155,12 +156,14 @@ def _paired(runs_a: Sequence[Run], runs_b: Sequence[Run]) -> list[tuple[Run, Run
                 "the two models were not tested on the same images",
                 where=f"paired gain, seed number {s + 1}",
                 fix="use one split file for both runs and keep the order of the test images",
+                code="metric-input",
             )
     if len({a[0].shape[1] for a, _ in pairs}) > 1:
         raise DataError(
             "the seeds differ in their number of classes",
             where="paired gain",
             fix="give probabilities for all classes of the federation in every run",
+            code="metric-input",
         )
     return pairs
 

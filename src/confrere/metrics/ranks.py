@@ -48,6 +48,7 @@ def rank_test(scores_Nk: Floats, *, level: float = LEVEL) -> dict[str, Any]:
             f"no ranks from scores of shape {scores_Nk.shape}",
             where="rank test",
             fix="give at least 2 blocks and 3 methods, and leave out blocks with an undefined score",
+            code="metric-input",
         )
     blocks, k = scores_Nk.shape
     ranks_Nk = np.apply_along_axis(stats.rankdata, 1, -scores_Nk)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from confrere.adapters import head, lora
@@ -21,7 +20,7 @@ from confrere.errors import RunError
 from confrere.initial import initial_params
 from confrere.learner import Learner, predict
 from confrere.onboard.newcomer import Newcomer
-from confrere.predict import Predictor
+from confrere.predict import Predictor, read_head
 from confrere.record.files import read_json
 from confrere.record.run import Run
 from confrere.seeds import torch_generator
@@ -65,17 +64,26 @@ def open_run(run: Path) -> Offer:
     infos = {file.parent.name: read_json(file) for file in sorted((run / "adapters").glob("*/head.json"))}
     trained = [name for name, info in infos.items() if info["model"] == "personalised"]
     if not trained or not (run / "results.json").exists():
-        raise RunError("no finished run here", where=str(run), fix="finish it first: confrere resume RUN")
+        raise RunError(
+            "no finished run here", where=str(run), fix="finish it first: confrere resume RUN", code="no-run"
+        )
     info = infos[trained[0]]
     if info["slots"] != [SLOT]:
         fix = "use a run of a method whose adapters add up, e.g. fedopal, fedit"
-        raise RunError(f"a model of {info['method']['name']} is more than one adapter", where=str(run), fix=fix)
+        raise RunError(
+            f"a model of {info['method']['name']} is more than one adapter", where=str(run), fix=fix, code="onboarding"
+        )
+    if len({infos[name]["depth"] for name in trained}) > 1:
+        fix = "use a run without backbone.depths"
+        raise RunError(
+            "adapters for different numbers of blocks cannot be mixed", where=str(run), fix=fix, code="onboarding"
+        )
     experiment = validate(read(run / "experiment.toml"))
     predictor = Predictor(run, trained[0])
     donors = {}
     for name in trained:
         folder = run / "adapters" / name
-        donors[name] = {**import_(folder / SLOT, slot=SLOT, scale=info["scale"]), **load_file(folder / HEAD)}
+        donors[name] = {**import_(folder / SLOT, slot=SLOT, scale=info["scale"]), **read_head(folder / HEAD)}
     general = _general(run, experiment, predictor)
     return Offer(experiment=experiment, backbone=predictor.backbone, donors=donors, general=general, info=info)
 

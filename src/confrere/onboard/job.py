@@ -51,7 +51,9 @@ def onboard(
     new = newcomer(run, offered.experiment, data, site, images, seed, offered.info)
     out = out or run / "onboard" / new.site.name
     if (out / "results.json").exists():
-        raise ConfigError("this is the directory of a run", where=str(out), fix="choose another --out")
+        raise ConfigError(
+            "this is the directory of a run", where=str(out), fix="choose another --out", code="onboarding"
+        )
     classes = tuple(offered.info["classes"])
     rows = tokens(offered.backbone, new.site, classes, cache_dir())
     settings = TrainSettings(**{**offered.experiment.train.model_dump(), "steps": steps, "views": 1})

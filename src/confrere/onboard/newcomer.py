@@ -74,13 +74,22 @@ def newcomer(
     if name and slug(name) not in names:
         took = own and slug(name) in trained
         what = f"{slug(name)!r} {'took part in the run' if took else 'is no site of the data'}"
-        raise ConfigError(what, where="--site", fix=f"use one of: {', '.join(names) or 'none: bring new data'}")
+        raise ConfigError(
+            what, where="--site", fix=f"use one of: {', '.join(names) or 'none: bring new data'}", code="onboarding"
+        )
     if len(names) != 1 and not name:
         fix = f"name one with --site: {', '.join(names)}" if names else "hold one out, or bring new data"
-        raise ConfigError(f"{len(names)} sites of the data took no part in the run", where=str(data), fix=fix)
+        raise ConfigError(
+            f"{len(names)} sites of the data took no part in the run", where=str(data), fix=fix, code="onboarding"
+        )
     site = _relabelled(federation.site(slug(name) if name else names[0]), federation.classes, info["classes"])
     if federation.tabular:
-        raise DataError("the data are rows of numbers", where=str(data), fix="only hospitals with images can arrive")
+        raise DataError(
+            "the data are rows of numbers",
+            where=str(data),
+            fix="only hospitals with images can arrive",
+            code="onboarding",
+        )
     _refuse_known_pictures(run, site, trained)
     known, test = draw(site.labels, site.groups, images, seed, site.name)
     return Newcomer(site=site, known=known, folds=folds(site.labels[known], site.groups[known]), test=test)
@@ -90,7 +99,7 @@ def _relabelled(site: SiteImages, classes: tuple[str, ...], wanted: list[str]) -
     unknown = [classes[k] for k in np.unique(site.labels) if classes[k] not in wanted]
     if unknown:
         fix = f"rename it to one of {', '.join(wanted)}, or leave its images out"
-        raise DataError(f"the run knows no class {unknown[0]!r}", where=f"site {site.name}", fix=fix)
+        raise DataError(f"the run knows no class {unknown[0]!r}", where=f"site {site.name}", fix=fix, code="onboarding")
     new = np.array([wanted.index(name) if name in wanted else -1 for name in classes], dtype=np.int64)
     return replace(site, labels=new[site.labels])
 
@@ -101,7 +110,9 @@ def _refuse_known_pictures(run: Path, site: SiteImages, trained: set[str]) -> No
     copies = len(seen & set(site.digests))
     if copies:
         fix = "only images that no model has seen can judge one"
-        raise DataError(f"{copies} of its images took part in the run", where=f"site {site.name}", fix=fix)
+        raise DataError(
+            f"{copies} of its images took part in the run", where=f"site {site.name}", fix=fix, code="onboarding"
+        )
 
 
 def draw(labels: np.ndarray, groups: np.ndarray, k: int, seed: int, site: str) -> tuple[np.ndarray, np.ndarray]:
@@ -121,12 +132,17 @@ def draw(labels: np.ndarray, groups: np.ndarray, k: int, seed: int, site: str) -
     room = sum(map(len, queues))
     if not 2 <= k <= room:
         fix = f"use 2 to {room}: at most half of each class's patients are used" if room >= 2 else "bring more images"
-        raise DataError(f"{k} images cannot be drawn at {site}", where="--images", fix=fix)
+        raise DataError(f"{k} images cannot be drawn at {site}", where="--images", fix=fix, code="onboarding")
     turns = (queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue))
     known = np.sort([row for row, _ in zip(turns, range(k), strict=False)])
     test = np.flatnonzero(~np.isin(groups, groups[known]))
     if not len(test) or len(np.unique(groups[known])) < 2:
-        raise DataError("too few patients to choose by some and test on others", where=f"site {site}", fix="bring more")
+        raise DataError(
+            "too few patients to choose by some and test on others",
+            where=f"site {site}",
+            fix="bring more",
+            code="onboarding",
+        )
     return known, test
 
 

@@ -57,11 +57,11 @@ class DirectoryStore:
     def before(self, round_: int) -> State | None:
         """Return the newest state written for a round strictly before ``round_``."""
         rounds = [n for f in self.folder.glob("*.safetensors") if f.stem.isdecimal() and (n := int(f.stem)) < round_]
-        return self._read(max(rounds))[0] if rounds else None
+        return self.read(max(rounds))[0] if rounds else None
 
     def reply(self, round_: int) -> Reply | None:
         """Return the reply given in ``round_``, if any."""
-        return self._read(round_)[1] if self._path(round_).exists() else None
+        return self.read(round_)[1] if self._path(round_).exists() else None
 
     def write(self, round_: int, state: State, reply: Reply) -> None:
         """Keep state and reply of ``round_`` in one atomic file."""
@@ -73,7 +73,8 @@ class DirectoryStore:
     def _path(self, round_: int) -> Path:
         return self.folder / f"{round_:05d}.safetensors"
 
-    def _read(self, round_: int) -> tuple[State, Reply]:
+    def read(self, round_: int) -> tuple[State, Reply]:
+        """Return state and reply of ``round_``; RunError when they cannot be read, or are of another site or round."""
         path = self._path(round_)
         groups, meta = read_state(path)
         if (meta["site"], meta["round"]) != (self.site, round_):
@@ -81,6 +82,7 @@ class DirectoryStore:
                 f"this state belongs to site {meta['site']!r}, round {meta['round']}",
                 where=str(path),
                 fix="put the file back where it was",
+                code="state-misplaced",
             )
         state = {g.removeprefix("state."): t for g, t in groups.items() if g.startswith("state.")}
         sent = {g.removeprefix("reply."): t for g, t in groups.items() if g.startswith("reply.")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from confrere.report.summarize import gain_limit, interval, outcome
 
 CONTROLS = ("local", "pooled")
 SURE = 0.05
+MANY = 15
+"""More methods than this do not fit into a critical-difference diagram: their table draws it, line by line."""
 
 
 def summarize_comparison(directory: Path) -> Json:
-    """Return what the report of ``confrere compare`` shows.
+    """Return what the report of ``confrere compare`` shows; methods by mean score, the highest first.
 
     Args:
         directory: holds ``comparison.json``.
@@ -23,19 +26,23 @@ def summarize_comparison(directory: Path) -> Json:
         RunError: ``comparison.json`` or one of its required keys is missing or damaged.
     """
     given = read_json(directory, "comparison.json")
-    methods = [_method(method) for method in need(given, "methods", "comparison.json")]
+    methods = sorted(map(_method, need(given, "methods", "comparison.json")), key=_order)
     pairs, local, overall = ([_pair(as_dict(p)) for p in as_list(given.get(key))] for key in PAIRS)
     sites = list(dict.fromkeys(site for method in methods for site in method["sites"]))
     titles = {method["name"]: method["title"] for method in methods}
     federation = as_dict(given.get("federation"))
-    keys = ("seeds", "command", "machine", "date", "intervals", "recommendation", "tuning", "targets")
+    keys = ("seeds", "command", "machine", "date", "intervals", "recommendation", "targets")
     return {
         "kind": "comparison",
         "format": 2,
         "title": f"{len(methods)} methods compared",
         "federation": {key: federation.get(key) for key in ("name", "synthetic", "classes", "digest")},
-        "data": [{key: as_dict(one).get(key) for key in ("name", "digest")} for one in as_list(given.get("data"))],
+        "data": [
+            {key: as_dict(one).get(key) for key in ("name", "digest", "own")} for one in as_list(given.get("data"))
+        ],
+        "experiment": _without_path(given.get("experiment")),
         "methods": methods,
+        "axis": _axis([method["balanced_accuracy"] for method in methods]),
         "sites": sites,
         "pairs": pairs,
         "local_pairs": local,
@@ -47,8 +54,15 @@ def summarize_comparison(directory: Path) -> Json:
         "front": _front(methods),
         "ranks": _ranks(as_dict(given.get("ranks")), titles),
         "scores": as_list(given.get("scores")),
+        "tuning": _tuning(as_dict(given.get("tuning")), list(titles)),
         **{key: given.get(key) for key in keys},
     }
+
+
+def _without_path(experiment: Any) -> str | None:
+    """Return the experiment's TOML without where the data lay."""
+    lines = experiment.splitlines(keepends=True) if isinstance(experiment, str) else []
+    return "".join(line for line in lines if not line.startswith("path = ")) or None
 
 
 PAIRS = ("pairs", "local_pairs", "overall")
@@ -78,6 +92,28 @@ def _method(given: Json) -> Json:
         "overlap_after": {key: number(as_dict(given.get("overlap_after")).get(key)) for key in ("A", "B", "product")},
         "sites": {site: interval(value) for site, value in as_dict(given.get("sites")).items()},
     }
+
+
+def _order(method: Json) -> float:
+    score = method["balanced_accuracy"]["value"]
+    return math.inf if score is None else -float(score)
+
+
+def _axis(cells: Sequence[Json]) -> Json:
+    """Return the ends of an axis that holds the scores of all methods and little else, in steps of 5 %."""
+    ends = [cell[key] for cell in cells for key in ("low", "value", "high") if cell[key] is not None]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    high = min(1.0, max(1, math.ceil(high * 20 - 1e-9)) / 20)
+    return {"low": min(math.floor(low * 20 + 1e-9) / 20, high - 0.05), "high": high}
+
+
+def _tuning(given: Json, order: Sequence[str]) -> Json | None:
+    """Return the searches in the order of the methods."""
+    if not given:
+        return None
+    place = {name: number for number, name in enumerate(order)}
+    searches = sorted(as_list(given.get("searches")), key=lambda one: place.get(one.get("method"), len(place)))
+    return {**given, "searches": searches}
 
 
 def _pair(given: Json) -> Json:
@@ -137,7 +173,11 @@ def _ranks(given: Json, titles: dict[str, str]) -> Json | None:
     rows = [{"name": n, "title": titles.get(n, n), "rank": ranks[n], "letters": letters[n]} for n in order]
     bars = [[min(ranks[n] for n in group), max(ranks[n] for n in group)] for group in groups if len(group) > 1]
     keys = ("statistic", "p", "difference", "shown", "blocks", "assumption")
-    return {"rows": rows, "bars": bars, **{key: given.get(key) for key in keys}}
+    half = (number(given.get("difference")) or 0.0) / 2
+    for row in rows:
+        row["reach"] = {"value": row["rank"], "low": row["rank"] - half, "high": row["rank"] + half}
+    axis = {"low": min(row["reach"]["low"] for row in rows), "high": max(row["reach"]["high"] for row in rows)}
+    return {"rows": rows, "bars": bars, "axis": axis, "many": len(rows) > MANY, **{k: given.get(k) for k in keys}}
 
 
 def _letter(index: int) -> str:

@@ -6,6 +6,7 @@ them: names are HTML, so that nothing can overlap and a phone can show them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ Box = tuple[float, float, float, float]
 _WIDTH, _HEIGHT = 360, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 348.0, 12.0, 222.0
 _DIGIT, _LINE = 7.0, 11.0  # size of a digit at 11 px
+_CROWD = 20  # of so many points all have their number; of more, the front and those with room beside them
 
 
 def drawn(summary: Json) -> dict[str, str]:
@@ -28,14 +30,14 @@ def drawn(summary: Json) -> dict[str, str]:
     pooled = [m["balanced_accuracy"]["value"] for m in summary["methods"] if m["name"] == "pooled"]
     if len(points) > 1:
         found["pareto"] = pareto(points, [value for value in pooled if value is not None])
-    if summary["ranks"]:
+    if summary["ranks"] and not summary["ranks"]["many"]:
         ranks = summary["ranks"]
         found["ranks"] = critical([row["rank"] for row in ranks["rows"]], ranks["bars"], ranks["difference"])
     return found
 
 
 def pareto(points: Sequence[tuple[int, float, float, bool]], lines: Sequence[float]) -> str:
-    """Return score (upwards) against bytes (to the right, from zero).
+    """Return score (upwards) against bytes (to the right, from zero; a crowd's on a square-root scale).
 
     Args:
         points: (number, bytes, score in 0..1, whether on the front).
@@ -46,9 +48,10 @@ def pareto(points: Sequence[tuple[int, float, float, bool]], lines: Sequence[flo
     margin = max(0.01, 0.15 * (high - low))
     low, high = max(0.0, low - margin), min(1.0, high + margin)
     most = max(point[1] for point in points) or 1.0
+    power = 0.5 if len(points) > _CROWD else 1.0  # most of a crowd moves little, and a few move much
 
     def x(size: float) -> float:
-        return _LEFT + 10 + (size / most) * (_RIGHT - _LEFT - 30)
+        return _LEFT + 10 + math.pow(size / most, power) * (_RIGHT - _LEFT - 30)
 
     def y(score: float) -> float:
         return _BOTTOM - (score - low) / (high - low) * (_BOTTOM - _TOP)
@@ -60,8 +63,8 @@ def pareto(points: Sequence[tuple[int, float, float, bool]], lines: Sequence[flo
         parts.append(
             _text(_LEFT - 6, y(score) + 4, f"{100 * score:.0f}" if high - low > 0.05 else f"{100 * score:.1f}")
         )
-    for share, anchor in ((0.0, "middle"), (0.5, "middle"), (1.0, "middle")):
-        parts.append(_text(x(share * most), _BOTTOM + 17, _size(share * most), anchor))
+    for size in (0.0, 0.5 ** (1 / power) * most, most):
+        parts.append(_text(x(size), _BOTTOM + 17, _size(size), "middle"))
     parts.append(_line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "muted", 0.8))
     parts += [_line(_LEFT, y(score), _RIGHT, y(score), "ink", 0.9, "4 3") for score in lines]
     front = sorted((x(size), y(score)) for _, size, score, best in points if best)
@@ -71,7 +74,7 @@ def pareto(points: Sequence[tuple[int, float, float, bool]], lines: Sequence[flo
     for (cx, cy), point in zip(at, points, strict=True):
         colour = "accent" if point[3] else "muted"
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" style="fill:var(--{colour})"/>')
-    parts += _labels(at, [str(point[0]) for point in points])
+    parts += _labels(at, [str(point[0]) for point in points], [point[3] for point in points])
     return _svg(parts, _HEIGHT)
 
 
@@ -113,13 +116,17 @@ def critical(ranks: Sequence[float], bars: Sequence[Sequence[float]], difference
     return _svg(parts, int(below + 17 * (half - 1) + 14))
 
 
-def _labels(at: Sequence[tuple[float, float]], texts: Sequence[str]) -> list[str]:
-    """Return each point's number at the nearest place where it covers no other number and no point."""
+def _labels(at: Sequence[tuple[float, float]], texts: Sequence[str], front: Sequence[bool]) -> list[str]:
+    """Return each point's number at the nearest place where it covers no other number and no point.
+
+    Of a crowd only the front's numbers go far to find one.
+    """
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     parts = []
-    for (x, y), text in zip(at, texts, strict=True):
+    for index in sorted(range(len(at)), key=lambda index: not front[index]):
+        (x, y), text = at[index], texts[index]
         wide = _DIGIT * len(text)
-        for reach in range(8, 120, 6):
+        for reach in range(8, 120 if front[index] or len(at) <= _CROWD else 9, 6):
             steps = ((0, -1), (-0.7, -0.7), (0.7, -0.7), (1, 0), (-1, 0), (0.7, 0.7), (0, 1), (-0.7, 0.7))
             places = [(x + dx * (reach + wide / 2), y + dy * (reach + 5)) for dx, dy in steps]
             boxes = [(px - wide / 2, py - _LINE / 2, px + wide / 2, py + _LINE / 2) for px, py in places]

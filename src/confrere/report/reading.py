@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from confrere.errors import RunError
+from confrere.record.run import Run
 
 Json = dict[str, Any]
 
@@ -25,13 +26,16 @@ def read_json(folder: Path, name: str) -> Json:
             f"{name} is missing",
             where=str(folder),
             fix="point at the directory of a finished run; an unfinished one can be resumed first",
+            code="run-file",
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_undefined)
     except (OSError, ValueError) as error:
-        raise RunError(f"{name} cannot be read ({error})", where=str(folder), fix="run again") from error
+        raise RunError(
+            f"{name} cannot be read ({error})", where=str(folder), fix="run again", code="run-file"
+        ) from error
     if not isinstance(value, dict):
-        raise RunError(f"{name} is not a JSON object", where=str(folder), fix="run again")
+        raise RunError(f"{name} is not a JSON object", where=str(folder), fix="run again", code="run-file")
     return value
 
 
@@ -47,32 +51,12 @@ def read_text(folder: Path, name: str) -> str | None:
 
 
 def read_events(folder: Path) -> list[Json] | None:
-    """Return the lines of ``events.jsonl``, or None without the file.
-
-    A last line without its line end is left out: the process was stopped while writing it.
+    """Return the journal's events that stand, or None without the file.
 
     Raises:
-        RunError: another line is not a JSON object (its number is said).
+        RunError: a line was damaged or changed (its number is said).
     """
-    text = read_text(folder, "events.jsonl")
-    if text is None:
-        return None
-    complete, _, _ = text.rpartition("\n")
-    events = []
-    for number, line in enumerate(complete.split("\n"), start=1):
-        if line.strip():
-            events.append(_event(line, number, folder))
-    return events
-
-
-def _event(line: str, number: int, folder: Path) -> Json:
-    try:
-        event = json.loads(line, parse_constant=_undefined)
-    except ValueError as error:
-        raise RunError(f"events.jsonl, line {number}, is not JSON", where=str(folder), fix="run again") from error
-    if not isinstance(event, dict) or "event" not in event:
-        raise RunError(f"events.jsonl, line {number}, has no 'event'", where=str(folder), fix="run again")
-    return event
+    return Run(folder).events() if (folder / "events.jsonl").is_file() else None
 
 
 def need(mapping: Mapping[str, Any], key: str, where: str) -> Any:
@@ -82,7 +66,9 @@ def need(mapping: Mapping[str, Any], key: str, where: str) -> Any:
         RunError: the key is missing; ``where`` names the file and the place in it.
     """
     if key not in mapping:
-        raise RunError(f"the key {key!r} is missing", where=where, fix="run again with this version of confrere")
+        raise RunError(
+            f"the key {key!r} is missing", where=where, fix="run again with this version of confrere", code="run-file"
+        )
     return mapping[key]
 
 

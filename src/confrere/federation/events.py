@@ -1,0 +1,69 @@
+"""What the journal says of a round: plain numbers and digests, never data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from confrere.federation.transport import Failure
+from confrere.method import Reply, Request
+from confrere.tensors import State, digest, n_bytes
+
+
+def begun(round_: int, server: State, requests: Mapping[str, Request]) -> dict[str, Any]:
+    """Return the event written ahead of a round: digests of the server's state and of what each site is sent."""
+    known: dict[tuple[tuple[str, int], ...], str] = {}  # most methods send all sites the same tensors
+    sent = {}
+    for site, request in requests.items():
+        same = tuple((group, id(tensors)) for group, tensors in request.state.items())
+        if same not in known:
+            known[same] = digest(request.state)
+        sent[site] = known[same]
+    return {"event": "begin", "round": round_, "server": digest(server), "requests": sent}
+
+
+def brief(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of an event what the choice of a round and early stopping read: a long run must not fill the memory."""
+    return {key: event[key] for key in ("event", "round", "criterion", "counts") if key in event}
+
+
+def failure(round_: int, failed: Failure) -> dict[str, Any]:
+    """Return the event of a site that gave no answer; an empty site means the server."""
+    reason = "; ".join(part for part in (failed.reason, failed.fix) if part)
+    return {"event": "failure", "round": round_, "site": failed.site or None, "code": failed.code, "reason": reason}
+
+
+def evaluation(
+    round_: int, replies: Sequence[Reply], requests: Mapping[str, Request], *, counts: bool = True
+) -> dict[str, Any]:
+    """Return the event of a judged round: balanced accuracy per site, its mean, the criterion of choice, bytes sent."""
+    scores = {r.site: r.metrics["score"] for r in replies}
+    return {
+        "event": "evaluation",
+        "round": round_,
+        "split": "val",
+        "sites": scores,
+        "mean": _mean(scores.values()),
+        "criterion": _mean(r.metrics["confidence"] for r in replies),
+        "received_bytes": {r.site: n_bytes(requests[r.site].state) for r in replies},
+        "counts": counts,
+    }
+
+
+def site_record(request: Request, reply: Reply) -> dict[str, Any]:
+    """Return what the journal keeps of one site in one round."""
+    m = reply.metrics
+    return {
+        "loss": m.get("loss"),
+        "reply": digest(reply.state),
+        "kept": m.get("kept"),
+        "examples": m["examples"],
+        "sent_bytes": n_bytes(reply.state),
+        "received_bytes": n_bytes(request.state),
+        "seconds": round(m.get("seconds", 0.0), 3),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None

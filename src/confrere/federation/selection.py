@@ -1,0 +1,35 @@
+"""Which round is kept, and when to stop: read from the journal's validation scores alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from confrere.method import Method
+
+
+def best_round(events: Sequence[Mapping[str, Any]]) -> int:
+    """Return the round of the best validation criterion (the earliest of equals), else the last round.
+
+    The criterion is the mean over sites of the balanced mean probability of the true class. Rounds before the last
+    phase of a method do not count, unless there are no others.
+    """
+    known = [e for e in events if e["event"] == "evaluation" and e["criterion"] is not None]
+    judged = [e for e in known if e.get("counts", True)] or known
+    if judged:
+        return int(-max((e["criterion"], -e["round"]) for e in judged)[1])
+    return max((e["round"] for e in events if e["event"] == "round"), default=0)
+
+
+def should_stop(method: Method, events: Sequence[Mapping[str, Any]], round_: int, *, rounds: int, patience: int) -> str:
+    """Return why to stop after this round, or an empty string; see :class:`confrere.federation.loop.Plan`."""
+    if not patience or not method.may_stop(round_, rounds) or round_ == rounds:
+        return ""
+    best = best_round(events)
+    since = sum(1 for e in events if e["event"] == "evaluation" and e["round"] > best and e.get("counts", True))
+    return f"no better validation criterion since round {best}" if since >= patience else ""
+
+
+def stopped(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the run ended early on purpose."""
+    return any(e["event"] == "stop" for e in events)
