@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from confrere.config import validate
 from confrere.data.synthetic import make_microscopy
 from confrere.errors import RunError
+from confrere.fingerprint import stored_experiment
 from confrere.job import run_experiment
 from confrere.record import journal
 from confrere.record.files import read_state, write_bytes, write_state
@@ -143,7 +144,7 @@ def test_a_control_is_verified_too(run: Path) -> None:
 def test_a_finished_run_whose_end_was_cut_off_is_found(run: Path) -> None:
     file = Run(run).events_file
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:-1]))
+    file.write_bytes(b"".join(lines[:-2]))
     with pytest.raises(RunError, match="lacks its end"):
         verify(run)
 
@@ -181,6 +182,60 @@ def test_a_signed_run_cannot_be_written_anew(tmp_path: Path, monkeypatch: pytest
     verify(out)
     with pytest.raises(RunError, match="not signed"):
         verify(out, public)
+
+
+def attacked(folder: Path) -> Path:
+    return finished(folder, controls=[], method={"name": "fedit"}, attack={"name": "sign-flip", "sites": ["ashford"]})
+
+
+def test_what_attackers_sent_is_compared_but_not_computed_again(tmp_path: Path) -> None:
+    out = attacked(tmp_path)
+    assert verify(out)[0].recomputed == 0
+    other_values(out / "server" / "00003.safetensors")
+    with pytest.raises(RunError, match="not what the journal says"):
+        verify(out)
+
+
+@pytest.mark.parametrize("kind", ["attack", "refused", "keep", "drift"])
+def test_a_resume_changes_no_state_and_verifies(tmp_path: Path, kind: str) -> None:
+    """The attacker's and a refused site's stored states are the right ones; a drift is no forgery."""
+    if kind == "attack":
+        out = attacked(tmp_path)
+    elif kind == "keep":
+        out = finished(tmp_path, controls=[], record={"keep": 1})
+    else:
+        attack = {"name": "not-finite", "sites": ["ashford"]} if kind == "refused" else {}
+        out = finished(tmp_path, controls=[], method={"name": "fedsa-lora"}, attack=attack)
+    states = {f: f.read_bytes() for f in out.rglob("*.safetensors")}
+    if kind == "refused":
+        (out / "sites" / "ashford" / "00003.safetensors").unlink()
+    (out / "results.json").unlink()
+    experiment = stored_experiment(out)
+    if kind == "drift":
+        experiment = validate({**experiment.model_dump(), "federation": {"rule": "median", "byzantine": 1}})
+        write_bytes(out / "experiment.toml", experiment.toml().encode())
+    run_experiment(experiment, out, accept_drift=kind == "drift")
+    assert {f: f.read_bytes() for f in out.rglob("*.safetensors")} == states
+    kinds = [e["event"] for e in Run(out).events()]
+    assert ("fallback" in kinds, "drift" in kinds) == (kind == "refused", kind == "drift")
+    verify(out)
+
+
+def test_states_are_compared_even_where_rounds_cannot_be_computed_again(tmp_path: Path) -> None:
+    out = finished(tmp_path, record={"keep": 1}, controls=[])
+    other_values(sorted((out / "server").glob("*.safetensors"))[-1])
+    with pytest.raises(RunError, match="not what the journal says"):
+        verify(out)
+
+
+@pytest.mark.parametrize("gone", ["server/00002.safetensors", "controls/local/events.jsonl", "verdicts"])
+def test_what_is_gone_is_found(run: Path, gone: str) -> None:
+    if gone == "verdicts":
+        (run / "verdicts.json").write_text("{}")
+    else:
+        (run / gone).unlink()
+    with pytest.raises(RunError, match=r"missing|no journal|verdicts\.json"):
+        verify(run)
 
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:

@@ -46,8 +46,11 @@ def begin(out: Path, experiment: Experiment, federation: Federation, *, accept_d
             raise RunError(
                 "the data changed since this run began", where=str(out), fix="start a new run", code="data-changed"
             )
-        if changed:
-            Run(out).append({"event": "drift", "changed": changed})
+        drift = {"event": "drift", "changed": changed}
+        parts = [out, *(out / "controls" / name for name in experiment.controls if name != experiment.method["name"])]
+        unfinished = any(not (part / "results.json").exists() for part in parts)
+        if changed and unfinished and drift not in Run(out).events():
+            Run(out).append(drift)
         return
     write_json(out / "machine.json", {**machine(), **experiment.choices()})
     kept = {

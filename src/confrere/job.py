@@ -98,7 +98,16 @@ def run_experiment(
                 notify({"event": "method", "name": name, "rounds": experiment.rounds})
                 own = experiment if name == names[0] else experiment.for_method(name)
                 train(prepare(own, federation, notify), part, notify)
-        return write_verdicts(out, experiment) if experiment.controls else {}
+        if not experiment.controls:
+            return {}
+        found = write_verdicts(out, experiment)
+        said = {
+            "event": "verdicts",
+            "files": {"verdicts.json": sha256((out / "verdicts.json").read_bytes()).hexdigest()},
+        }
+        if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
+            run.append(said)
+        return found
 
 
 def threads(experiment: Experiment, federation: Federation) -> int:
@@ -154,7 +163,7 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
     else:
         torch.set_num_threads(each)
         transport = InProcess(sites, experiment.workers or max(1, cores() // each))
-    if not run.events():
+    if not any(event["event"] == "inputs" for event in run.events()):
         run.append(inputs(experiment, task.federation, task.describe()))
     over = attacked(transport, experiment) if method.sends and not method.pools else transport
     federate(method, server, over, plan, run, notify, gate=make_gate(task, sites), defence=experiment.build_defence())

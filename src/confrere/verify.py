@@ -12,7 +12,7 @@ from confrere.config import Experiment
 from confrere.errors import ConfigError, RunError
 from confrere.federation.defence import combine
 from confrere.fingerprint import digest_of, stored_experiment
-from confrere.method import Method, Request
+from confrere.method import Request
 from confrere.record import journal
 from confrere.record.files import read_json
 from confrere.record.run import Run
@@ -60,65 +60,84 @@ def verify(out: Path, public: Path | None = None) -> list[Verified]:
         raise ConfigError(
             f"the public key cannot be read: {error.strerror}", where="--public-key", code="signing-key"
         ) from None
+    drifted = any(e["event"] == "drift" for e in Run(out).events())
     parts = [(".", experiment)]
     for name in experiment.controls:
-        if name != experiment.method["name"] and (out / "controls" / name / "events.jsonl").exists():
+        if name != experiment.method["name"] and (out / "controls" / name).exists():
             parts.append((f"controls/{name}", experiment.for_method(name)))
-    return [_part(name, out, own, key) for name, own in parts]
+    return [_part(name, out, own, key, drifted=drifted) for name, own in parts]
 
 
-def _part(name: str, out: Path, experiment: Experiment, key: bytes | None) -> Verified:
+def _part(name: str, out: Path, experiment: Experiment, key: bytes | None, *, drifted: bool) -> Verified:
     path = out / name
     run = Run(path)
     events, _ = journal.read(run.events_file)
     if not events:
-        raise RunError(
-            "there is no journal", where=str(run.events_file), fix="give the directory of a run", code="verification"
-        )
+        fix = "give the directory of a run, or restore the journal"
+        raise RunError("there is no journal", where=str(run.events_file), fix=fix, code="verification")
     signed = _signatures(events, run.events_file, key)
-    opening = events[0]
-    if opening["event"] == "inputs" and not any(e["event"] == "drift" for e in events):
-        _same(digest_of(experiment), opening["experiment"], f"experiment.toml, for {name}")
+    for opening in [e for e in events if e["event"] == "inputs"]:
         _same(str(read_json(out / "federation.json")["digest"]), opening["data"], str(out / "federation.json"))
+        if not drifted:
+            _same(digest_of(experiment), opening["experiment"], f"experiment.toml, for {name}")
     standing = journal.standing(events)
     rounds = [e for e in standing if e["event"] == "round"]
     begun = {e["round"]: e for e in standing if e["event"] == "begin"}
-    method = experiment.build_method()
-    again = sum(_again(run, method, experiment, begun[e["round"]], e) for e in rounds if e["round"] in begun)
-    ends = [e for e in standing if e["event"] == "end"]
-    if (path / "results.json").exists() and not ends:
-        raise RunError(
-            "the journal lacks its end", where=str(run.events_file), fix="restore it from a copy", code="verification"
-        )
-    for end in ends[-1:]:
-        _files(path, end["files"])
+    again = 0
+    for event in rounds:
+        if _as_recorded(run, experiment, begun[event["round"]], event) and not drifted:
+            _again(run, experiment, event)
+            again += 1
+    for kind, made in (("end", "results.json"), ("verdicts", "verdicts.json")):
+        said = [e for e in standing if e["event"] == kind][-1:]
+        if (path / made).exists() and not said:
+            where, fix = str(run.events_file), "restore it from a copy"
+            raise RunError("the journal lacks its end", where=where, fix=fix, code="verification")
+        for last in said:
+            _files(path, last["files"])
     return Verified(name, len(events), len(rounds), again, signed)
 
 
-def _again(run: Run, method: Method, experiment: Experiment, begun: Event, event: Event) -> bool:
-    """Return whether a round could be computed again (its states are kept); RunError if it gives other bytes."""
-    round_ = int(event["round"])
-    if event["sites"].keys() & set(experiment.attack.sites):
-        return False  # what a simulated attacker sent is not what it stored
-    stores = {site: run.store(site) for site in event["sites"]}
-    files = [run.server_file(round_ - 1), run.server_file(round_)]
-    if not all(f.exists() for f in [*files, *(s.folder / f"{round_:05d}.safetensors" for s in stores.values())]):
-        return False
-    before, after = run.server(round_ - 1), run.server(round_)
-    _same(digest(before), begun["server"], f"{files[0]}, before round {round_}")
-    requests = {site: Request(kind="train", round=round_, state=method.broadcast(before, site)) for site in stores}
-    replies = []
-    for site, store in sorted(stores.items()):
-        reply = store.reply(round_)
-        _same(digest(requests[site].state), begun["requests"][site], f"round {round_}, what site {site} was sent")
-        _same(digest(reply.state if reply else {}), event["sites"][site]["reply"], f"round {round_}, reply of {site}")
-        replies += [reply] if reply else []
-    _same(digest(after), event["server"], str(files[1]))
+def _as_recorded(run: Run, experiment: Experiment, begun: Event, event: Event) -> bool:
+    """Compare what is kept of a round with the journal; return whether all is there that its average is made of.
+
+    What ``record.keep`` does not keep may be gone. What a simulated attacker sent is not what it stored.
+    """
+    round_, whole = int(event["round"]), True
+    for number, said in ((round_ - 1, begun["server"]), (round_, event["server"])):
+        file = run.server_file(number)
+        if _is_kept(file, experiment):
+            _same(digest(run.server(number)), said, str(file))
+        else:
+            whole = False
+    for site, record in event["sites"].items():
+        store = run.store(site)
+        if _is_kept(store.folder / f"{round_:05d}.safetensors", experiment):
+            state, reply = store.read(round_)
+            _same(digest(state), record["kept"], f"round {round_}, state of {site}")
+            _same(digest(reply.state), record["stored"], f"round {round_}, reply of {site}")
+            whole = whole and record["stored"] == record["reply"]
+        else:
+            whole = False
+    return whole
+
+
+def _is_kept(file: Path, experiment: Experiment) -> bool:
+    if not file.exists() and not experiment.record.keep:
+        raise RunError("a state is missing", where=str(file), fix="restore it from a copy", code="verification")
+    return file.exists()
+
+
+def _again(run: Run, experiment: Experiment, event: Event) -> None:
+    """Compute a round's shared state from what the sites sent; RunError if it gives other bytes."""
+    round_, method = int(event["round"]), experiment.build_method()
+    before = run.server(round_ - 1)
+    asked = {s: Request(kind="train", round=round_, state=method.broadcast(before, s)) for s in event["sites"]}
+    replies = [run.store(site).read(round_)[1] for site in sorted(event["sites"])]
     made: State | None = before
     if event["averaged"]:
-        made, _ = combine(method, before, requests, replies, experiment.build_defence())
+        made, _ = combine(method, before, asked, replies, experiment.build_defence(), 1)
     _same(digest(made or before), event["server"], f"round {round_}, the shared state computed again")
-    return True
 
 
 def _signatures(events: Sequence[Event], file: Path, key: bytes | None) -> int:

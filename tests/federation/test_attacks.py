@@ -87,7 +87,7 @@ def test_noise_is_as_long_as_it_says() -> None:
 
 
 def test_one_value_is_nan() -> None:
-    sent = updates(exchanged("nan", 0.0))
+    sent = updates(exchanged("not-finite", 0.0))
     assert [int(torch.isnan(sent[name]).sum()) for name in BAD] == [1, 1]
 
 
@@ -102,7 +102,7 @@ def test_others_judgement_and_stamps_are_untouched(attack: str) -> None:
     assert all(digest(reply.state) == digest(honest[name].state) for name, reply in judged.items())
 
 
-@pytest.mark.parametrize("attack", ["noise", "nan"])
+@pytest.mark.parametrize("attack", ["noise", "not-finite"])
 def test_draws_have_an_address(attack: str) -> None:
     def sent(seed: int = 0, round_: int = 1) -> list[str]:
         return [digest(exchanged(attack, 1.0, seed, round_=round_)[name].state) for name in BAD]
@@ -189,7 +189,7 @@ def test_an_attack_bites_the_mean_and_not_the_median(attack: str, strength: floa
 
 def test_a_run_goes_on_without_the_attacker_and_names_it(tmp_path: Path) -> None:
     method = make("fedit")
-    transport = a.Attacked(InProcess(tiny_sites(method)), "nan", ["a"], 1.0, 0)
+    transport = a.Attacked(InProcess(tiny_sites(method)), "not-finite", ["a"], 1.0, 0)
     server, _ = tiny_run(method, tmp_path, transport=transport)
     events = Run(tmp_path).events()
     refused = [(e["round"], e["site"]) for e in events if e["event"] == "failure"]

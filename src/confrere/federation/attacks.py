@@ -85,7 +85,7 @@ ATTACKS: dict[str, Attack] = {
     "alie": Attack("A Little Is Enough: mean minus strength standard deviations of the honest updates", little),
     "inner-product": Attack("Fall of Empires: the mean of the honest updates times -strength", inner_product),
     "noise": Attack("the own update plus noise strength times as long", noise),
-    "nan": Attack("one NaN in the own update; strength is not used", not_finite),
+    "not-finite": Attack("one NaN in the own update; strength is not used", not_finite),
     "gauge": Attack("every pair (A, B) becomes (strength A, B / strength): the same adapter, other factors"),
     "label-flip": Attack("training labels y become K - 1 - y; strength is the share of them, 0 to 1"),
 }

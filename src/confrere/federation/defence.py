@@ -50,8 +50,18 @@ def _in_one_gauge(received: Mapping[str, State], replies: Sequence[Reply]) -> tu
 
 
 def combine(
-    method: Method, server: State, requests: Mapping[str, Request], replies: Sequence[Reply], defence: Defence
+    method: Method,
+    server: State,
+    requests: Mapping[str, Request],
+    replies: Sequence[Reply],
+    defence: Defence,
+    needed: int,
 ) -> tuple[State | None, list[Failure]]:
-    """Return the server's new state from replies sorted by site, and whom the defence left out; None if all of them."""
+    """Return the server's new state from replies sorted by site, and whom the defence left out.
+
+    None instead of a state: fewer than ``needed`` replies came or are left.
+    """
+    if len(replies) < max(1, needed):
+        return None, []
     left, failures = defence({reply.site: requests[reply.site].state for reply in replies}, replies)
-    return (method.aggregate(server, left) if left else None), failures
+    return (method.aggregate(server, left) if len(left) >= max(1, needed) else None), failures

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from confrere.federation.transport import Failure
 from confrere.method import Reply, Request
 from confrere.tensors import State, digest, n_bytes
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def begun(round_: int, server: State, requests: Mapping[str, Request]) -> dict[str, Any]:
@@ -20,6 +23,21 @@ def begun(round_: int, server: State, requests: Mapping[str, Request]) -> dict[s
             known[same] = digest(request.state)
         sent[site] = known[same]
     return {"event": "begin", "round": round_, "server": digest(server), "requests": sent}
+
+
+def stored_by(reply: Reply) -> dict[str, str]:
+    """Return the digests of state and reply that a site says it stored; nothing where it says anything else."""
+    said = {key: reply.metrics.get(key) for key in ("kept", "stored")} if isinstance(reply.metrics, dict) else {}
+    return {key: value for key, value in said.items() if isinstance(value, str) and _DIGEST.fullmatch(value)}
+
+
+def refused_records(
+    answers: Iterable[Reply | Failure], requests: Mapping[str, Request], admitted: Sequence[Reply]
+) -> dict[str, Any]:
+    """Return what the journal keeps of sites whose replies were refused: they have gone on all the same."""
+    counted = {reply.site for reply in admitted}
+    refused = [a for a in answers if isinstance(a, Reply) and a.site in requests and a.site not in counted]
+    return {reply.site: stored_by(reply) for reply in refused}
 
 
 def brief(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +74,7 @@ def site_record(request: Request, reply: Reply) -> dict[str, Any]:
     return {
         "loss": m.get("loss"),
         "reply": digest(reply.state),
-        "kept": m.get("kept"),
+        **stored_by(reply),
         "examples": m["examples"],
         "sent_bytes": n_bytes(reply.state),
         "received_bytes": n_bytes(request.state),

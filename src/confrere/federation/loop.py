@@ -10,10 +10,10 @@ from typing import Any, Literal
 from confrere.errors import RunError
 from confrere.federation.defence import Defence, combine
 from confrere.federation.diagnostics import round_diagnostics
-from confrere.federation.events import begun, brief, evaluation, failure, site_record
+from confrere.federation.events import begun, brief, evaluation, failure, refused_records, site_record
 from confrere.federation.gate import Gate
 from confrere.federation.sampling import sample
-from confrere.federation.selection import best_round, should_stop, stopped
+from confrere.federation.selection import should_stop, stopped, tidy
 from confrere.federation.transport import Failure, Transport
 from confrere.method import Method, Reply, Request
 from confrere.record.run import Run
@@ -65,6 +65,7 @@ def federate(
     done, server = begin(run, server, notify)
     written = run.events()
     journal = [brief(e) for e in written if e.get("round", 0) <= done]
+    tidy(run, journal, done, keep=plan.keep)
     for round_ in range(done + 1, plan.rounds + 1):
         if stopped(journal):
             break
@@ -80,8 +81,7 @@ def federate(
             events.insert(0, {"event": "stop", "round": round_, "reason": reason})
         run.commit(round_, server, *events)
         journal += map(brief, events)
-        if plan.keep:
-            run.retain({best_round(journal), *range(max(0, round_ + 1 - plan.keep), round_ + 1)})
+        tidy(run, journal, round_, keep=plan.keep)
         for event in events:
             notify(event)
     return server
@@ -129,7 +129,8 @@ def one_round(
     """
     started = time.perf_counter()
     round_ = next(iter(requests.values())).round
-    replies, failures = gate.admit(requests, transport.exchange(requests))
+    answers = transport.exchange(requests)
+    replies, failures = gate.admit(requests, answers)
     if not replies and len(requests) == len(willing_sites(transport, plan)):
         raise RunError(
             f"0 of {len(requests)} sites answered: " + "; ".join(f"{f.site}: {f.reason}" for f in failures),
@@ -137,16 +138,12 @@ def one_round(
             fix="; ".join(dict.fromkeys(f.fix for f in failures if f.fix)),
             code="no-replies",
         )
-    needed, missing, updated = max(1, plan.min_replies), "", server
-    if len(replies) < needed:
-        missing = f"{len(replies)} of {needed} needed replies came: nothing was averaged"
-    else:
-        combined, refused = combine(method, server, requests, replies, defence)
-        failures += refused
-        if combined is None:
-            missing = f"too few replies are left for federation.rule={defence.rule}: nothing was averaged"
-        else:
-            updated = combined
+    updated, left_out = combine(method, server, requests, replies, defence, plan.min_replies)
+    failures += left_out
+    missing = ""
+    if updated is None:
+        left = len(replies) - len(left_out)
+        updated, missing = server, f"{left} of {plan.min_replies} needed replies are left: nothing was averaged"
     judged, unjudged, asked = judge(method, updated, transport, plan, gate, round_)
     after = {r.site: r.metrics["overlap"] for r in judged}
     events = [failure(round_, f) for f in [*failures, *unjudged]]
@@ -162,6 +159,7 @@ def one_round(
             "server": digest(updated),
             "averaged": not missing,
             "sites": {r.site: site_record(requests[r.site], r) for r in replies},
+            "refused": refused_records(answers, requests, replies),
             "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after),
         }
     )

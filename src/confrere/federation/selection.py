@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from confrere.method import Method
+from confrere.record.run import Run
 
 
 def best_round(events: Sequence[Mapping[str, Any]]) -> int:
@@ -33,3 +34,9 @@ def should_stop(method: Method, events: Sequence[Mapping[str, Any]], round_: int
 def stopped(events: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the run ended early on purpose."""
     return any(e["event"] == "stop" for e in events)
+
+
+def tidy(run: Run, events: Sequence[Mapping[str, Any]], round_: int, *, keep: int) -> None:
+    """Delete the states but of the last ``keep`` rounds (0: none) and of the best; ``round_`` is committed."""
+    if keep:
+        run.retain({best_round(events), *range(max(0, round_ + 1 - keep), round_ + 1)})

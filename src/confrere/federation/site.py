@@ -74,7 +74,7 @@ class Site:
         metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
         params = self.method.personal({**request.state, **payload}, state)
         metrics["overlap"] = self._look(params)  # refuses what would break the average
-        metrics["kept"] = digest(state)
+        metrics |= {"kept": digest(state), "stored": digest(payload)}
         reply = Reply(
             site=self.name, run=request.run, round=request.round, state=payload, weight=self.weight, metrics=metrics
         )

@@ -60,7 +60,6 @@ def append_bytes(path: Path, at: int, content: bytes) -> None:
                 left = content
                 while left:
                     left = left[file.write(left) :]
-                file.flush()
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -145,11 +144,11 @@ def read_json(path: Path) -> Any:
         raise _unreadable(path, error) from error
     except ValueError as error:
         raise RunError(
-            "a file of the run is damaged", where=str(path), fix="delete it and resume the run", code="run-file"
+            "a file of the run is damaged", where=str(path), fix="restore it, or start a new run", code="run-file"
         ) from error
     if not isinstance(value, dict):
         raise RunError(
-            "a file of the run is damaged", where=str(path), fix="delete it and resume the run", code="run-file"
+            "a file of the run is damaged", where=str(path), fix="restore it, or start a new run", code="run-file"
         )
     return fields(value, str(path))
 

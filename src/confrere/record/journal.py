@@ -86,10 +86,12 @@ def read(path: Path) -> tuple[list[Event], str]:
 def standing(events: Iterable[Event]) -> list[Event]:
     """Return the events that count: not those of rounds that a ``fallback`` undid, or that a ``begin`` begins anew."""
     kept: list[Event] = []
+    newest = 0
     for event in events:
         last = {"fallback": event.get("to"), "begin": event.get("round", 0) - 1}.get(event["event"])
-        if last is not None:
-            kept = [e for e in kept if e.get("round", 0) <= last]
+        if last is not None and last < newest:
+            kept, newest = [e for e in kept if e.get("round", 0) <= last], last
+        newest = max(newest, event.get("round", 0))
         kept.append(event)
     return kept
 
@@ -104,6 +106,8 @@ def _event(text: bytes) -> Event | None:
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not all(isinstance(found.get(key, 0), int) for key in ("round", "to")):
+        return None
+    if not all(isinstance(found.get(key, {}), dict) for key in ("sites", "requests", "refused", "files")):
         return None
     return found if isinstance(found.get("event"), str) else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ class Run:
         read are used as they are. -1: not even the start can be read.
         """
         events = self.events()
-        records = {e["round"]: e["sites"] for e in events if e["event"] == "round"}
+        records = {e["round"]: {**e.get("refused", {}), **e["sites"]} for e in events if e["event"] == "round"}
         servers = {e["round"] - 1: e["server"] for e in events if e["event"] == "begin"}
         servers |= {e["round"]: e["server"] for e in events if e["event"] == "round"}
         harmed: list[str] = []
@@ -150,8 +149,7 @@ class Run:
                 self._site_reads(site, round_, {}, harmed)
         for round_ in range(last, -1, -1):
             newest = {s: r for r, sites in sorted(records.items()) if r <= round_ for s in sites if s in self._here}
-            read = partial(self._as_said, self.server_file(round_), partial(self.server, round_), servers.get(round_))
-            good = self._reads(self.server_file(round_), read, harmed)
+            good = self._server_reads(round_, servers.get(round_), harmed)
             sites = [self._site_reads(s, round_, records.get(least, {}), harmed, least) for s, least in newest.items()]
             if good and all(sites):
                 return round_, harmed
@@ -165,13 +163,18 @@ class Run:
         said = records.get(site, {}) if found == least else {}
 
         def read() -> None:
-            self._as_said(file, lambda: store.read(found)[0], said.get("kept"))
-            self._as_said(file, lambda: store.read(found)[1].state, said.get("reply"))
+            state, reply = store.read(found)
+            self._as_said(file, state, said.get("kept"))
+            self._as_said(file, reply.state, said.get("stored"))
 
         return found >= least and self._reads(file, read, harmed)
 
-    def _as_said(self, file: Path, read: Callable[[], State], said: str | None) -> None:
-        if said not in (None, digest(read())):
+    def _server_reads(self, round_: int, said: str | None, harmed: list[str]) -> bool:
+        file = self.server_file(round_)
+        return self._reads(file, lambda: self._as_said(file, self.server(round_), said), harmed)
+
+    def _as_said(self, file: Path, state: State, said: str | None) -> None:
+        if said not in (None, digest(state)):
             what, fix = "a state is not the one of the journal", "put it back; or delete it, and resume the run"
             raise RunError(what, where=str(file), fix=fix, code="state-misplaced")
 
