@@ -13,9 +13,15 @@ from confrere.errors import ConfigError
 def named(path: Path, config: Path | None) -> tuple[Path, dict[str, Any]]:
     """Return the data and the values that PATH and ``--config`` name; PATH may be the file of an experiment."""
     values = read(config) if config else {}
+    data, own = opened(path)
+    return data, {**own, **values}
+
+
+def opened(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the data and the values of the TOML file of an experiment; any other path itself, and no values."""
     if path.suffix == ".toml" and path.is_file() and "path" in (found := read(path)):
-        return Path(str(found["path"])), {**found, **values}
-    return path, values
+        return Path(str(found["path"])), found
+    return path, {}
 
 
 def experiment_of(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> Experiment:

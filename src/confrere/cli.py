@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from confrere.commands import add_to
-from confrere.errors import ConfrereError, DataError
+from confrere.errors import ConfrereError, DataError, printable
 
 app = typer.Typer(
     name="confrere",
@@ -201,7 +201,7 @@ def main() -> None:
     try:
         app()
     except ConfrereError as error:
-        typer.echo("confrere: " + printable(f"{error}\n  Code: {error.code}"), err=True)
+        typer.echo("confrere: " + printable(f"{error}\n  Code: {error.code}", keep="\n"), err=True)
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         _discard_output()
@@ -222,11 +222,6 @@ def main() -> None:
         if end.code == 130 and not end.__suppress_context__:  # typer's own end of Ctrl-C, which says nothing
             typer.echo("confrere: interrupted; `confrere resume RUN` continues, a comparison its own command", err=True)
         raise
-
-
-def printable(text: str) -> str:
-    """Return ``text`` without control characters: the name of a file must not steer the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
 
 
 def _discard_output() -> None:

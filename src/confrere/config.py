@@ -120,6 +120,11 @@ class Experiment(Part):
             what = f"{self.adapter.blocks} blocks cannot be adapted when {self.backbone.depths[few[0]]} are kept"
             raise ConfigError(what, where=f"backbone.depths.{few[0]}", fix="keep more, or use a smaller adapter.blocks")
 
+    @property
+    def other_controls(self) -> list[str]:
+        """Return the controls that are trained beside the method: one that is the method itself is there already."""
+        return [name for name in self.controls if name != self.method["name"]]
+
     def build_method(self) -> Method:
         """Return the method this experiment trains."""
         options = {key: value for key, value in self.method.items() if key != "name"}

@@ -88,6 +88,11 @@ class MissingExtraError(ConfrereError):
         )
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return ``text`` without control characters but those in ``keep``: a file's name must not steer the terminal."""
+    return "".join(char if char.isprintable() or char in keep else "\ufffd" for char in text)
+
+
 def nearest(word: str, choices: Collection[str]) -> str:
     """Return a hint naming the valid choice nearest to ``word``, or all of them."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

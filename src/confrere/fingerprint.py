@@ -21,6 +21,11 @@ def stored_experiment(out: Path) -> Experiment:
     return validate(read(out / "experiment.toml"))
 
 
+def trainings(out: Path, experiment: Experiment) -> list[Path]:
+    """Return the directories of a run's trainings: its own, then those of its controls."""
+    return [out, *(out / "controls" / name for name in experiment.other_controls)]
+
+
 def differences(out: Path, experiment: Experiment) -> list[str]:
     """Return what is not as it was when the run began, one sentence each: packages, threads, processor, choices."""
     now, then = {**machine(), **experiment.choices()}, read_json(out / "machine.json")
@@ -47,8 +52,7 @@ def begin(out: Path, experiment: Experiment, federation: Federation, *, accept_d
                 "the data changed since this run began", where=str(out), fix="start a new run", code="data-changed"
             )
         drift = {"event": "drift", "changed": changed}
-        parts = [out, *(out / "controls" / name for name in experiment.controls if name != experiment.method["name"])]
-        unfinished = any(not (part / "results.json").exists() for part in parts)
+        unfinished = any(not (part / "results.json").exists() for part in trainings(out, experiment))
         if changed and unfinished and drift not in Run(out).events():
             Run(out).append(drift)
         return

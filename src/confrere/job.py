@@ -31,7 +31,7 @@ from confrere.learner import TrainSettings
 from confrere.method import Method, Request
 from confrere.opening import depth_of, load_backbone, open_data
 from confrere.prefix import cache_dir, join, tokens
-from confrere.record.files import as_json, read_json, write_bytes, write_json, write_state
+from confrere.record.files import as_json, file_digest, read_json, write_bytes, write_json, write_state
 from confrere.record.machine import cores
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors
@@ -91,8 +91,8 @@ def run_experiment(
         torch.set_num_threads(threads(experiment, federation))
         begin(out, experiment, federation, accept_drift=accept_drift)
         notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
-        names = [str(experiment.method["name"]), *experiment.controls]
-        for name in dict.fromkeys(names):
+        names = [str(experiment.method["name"]), *experiment.other_controls]
+        for name in names:
             part = out if name == names[0] else out / "controls" / name
             if not (part / "results.json").exists():
                 notify({"event": "method", "name": name, "rounds": experiment.rounds})
@@ -103,7 +103,7 @@ def run_experiment(
         found = write_verdicts(out, experiment)
         said = {
             "event": "verdicts",
-            "files": {"verdicts.json": sha256((out / "verdicts.json").read_bytes()).hexdigest()},
+            "files": {"verdicts.json": file_digest(out / "verdicts.json")},
         }
         if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
             run.append(said)
@@ -207,7 +207,7 @@ def finish(run: Run, path: Path, results: Mapping[str, Any]) -> None:
     """Write results.json, which says that the training is done; before it, the journal's digests of what was made."""
     content = as_json(results)
     made = [f for f in sorted((path / "adapters").rglob("*")) if f.is_file()]
-    files = {f.relative_to(path).as_posix(): sha256(f.read_bytes()).hexdigest() for f in made}
+    files = {f.relative_to(path).as_posix(): file_digest(f) for f in made}
     files["results.json"] = sha256(content).hexdigest()
     run.append({"event": "end", "round": results["round"], "files": files})
     write_bytes(path / "results.json", content)
@@ -252,7 +252,7 @@ def initial(task: Task, site: str) -> Tensors:
 
 def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
     """Compare the run with its controls at every site and write verdicts.json."""
-    controls = {name: out / "controls" / name for name in experiment.controls if name != experiment.method["name"]}
+    controls = {name: out / "controls" / name for name in experiment.other_controls}
     sites = [s for s, entry in read_json(out / "results.json")["sites"].items() if not entry["held_out"]]
     found = verdicts(out, controls, sites, seed=experiment.seed)
     write_json(out / "verdicts.json", found)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from confrere.federation.defence import combine
 from confrere.fingerprint import digest_of, stored_experiment
 from confrere.method import Request
 from confrere.record import journal
-from confrere.record.files import read_json
+from confrere.record.files import file_digest, read_json
 from confrere.record.run import Run
 from confrere.record.signing import is_signed
 from confrere.tensors import State, digest
@@ -62,8 +61,8 @@ def verify(out: Path, public: Path | None = None) -> list[Verified]:
         ) from None
     drifted = any(e["event"] == "drift" for e in Run(out).events())
     parts = [(".", experiment)]
-    for name in experiment.controls:
-        if name != experiment.method["name"] and (out / "controls" / name).exists():
+    for name in experiment.other_controls:
+        if (out / "controls" / name).exists():
             parts.append((f"controls/{name}", experiment.for_method(name)))
     return [_part(name, out, own, key, drifted=drifted) for name, own in parts]
 
@@ -71,11 +70,12 @@ def verify(out: Path, public: Path | None = None) -> list[Verified]:
 def _part(name: str, out: Path, experiment: Experiment, key: bytes | None, *, drifted: bool) -> Verified:
     path = out / name
     run = Run(path)
-    events, _ = journal.read(run.events_file)
+    lines = journal.content(run.events_file)
+    events, _ = journal.parse(lines, str(run.events_file))
     if not events:
         fix = "give the directory of a run, or restore the journal"
         raise RunError("there is no journal", where=str(run.events_file), fix=fix, code="verification")
-    signed = _signatures(events, run.events_file, key)
+    signed = _signatures(events, journal.heads(lines), run.events_file, key)
     for opening in [e for e in events if e["event"] == "inputs"]:
         _same(str(read_json(out / "federation.json")["digest"]), opening["data"], str(out / "federation.json"))
         if not drifted:
@@ -112,7 +112,7 @@ def _as_recorded(run: Run, experiment: Experiment, begun: Event, event: Event) -
             whole = False
     for site, record in event["sites"].items():
         store = run.store(site)
-        if _is_kept(store.folder / f"{round_:05d}.safetensors", experiment):
+        if _is_kept(store.file(round_), experiment):
             state, reply = store.read(round_)
             _same(digest(state), record["kept"], f"round {round_}, state of {site}")
             _same(digest(reply.state), record["stored"], f"round {round_}, reply of {site}")
@@ -140,10 +140,10 @@ def _again(run: Run, experiment: Experiment, event: Event) -> None:
     _same(digest(made or before), event["server"], f"round {round_}, the shared state computed again")
 
 
-def _signatures(events: Sequence[Event], file: Path, key: bytes | None) -> int:
-    """Return how many signatures there are, all of them valid; with a key, the last event must be signed."""
+def _signatures(events: Sequence[Event], heads: Sequence[str], file: Path, key: bytes | None) -> int:
+    """Return how many signatures there are, all valid for the hash before them; with a key, the last event is one."""
     number = 0
-    for place, (head, event) in enumerate(_heads(file, events), 1):
+    for place, (head, event) in enumerate(zip(heads, events, strict=True), 1):
         if event["event"] == "signature":
             number += 1
             if event.get("of") != head or not is_signed(dict(event), key):
@@ -159,19 +159,10 @@ def _signatures(events: Sequence[Event], file: Path, key: bytes | None) -> int:
     return number
 
 
-def _heads(file: Path, events: Sequence[Event]) -> Iterator[tuple[str, Event]]:
-    """Yield every event with the hash of the line before it."""
-    head = journal.START
-    for line, event in zip(file.read_bytes().split(b"\n"), events, strict=False):
-        yield head, event
-        head = line[-66:-2].decode()
-
-
 def _files(path: Path, files: Mapping[str, str]) -> None:
     for name, expected in files.items():
         file = path / name
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "nothing"
-        _same(found, expected, str(file))
+        _same(file_digest(file) if file.exists() else "nothing", expected, str(file))
 
 
 def _same(found: str, expected: str, where: str) -> None:

@@ -13,7 +13,7 @@ from comparisons import Log, experiment
 from confrere.compare import command as commands
 from confrere.compare import compare
 from confrere.compare.cells import Cell
-from confrere.compare.command import carry_out, experiment_of
+from confrere.compare.command import carry_out, named_experiment
 from confrere.compare.data import own_choices
 from confrere.compare.evidence import overall, site_scores
 from confrere.compare.grid import title
@@ -135,16 +135,16 @@ def test_rules_side_by_side_under_an_attack(sets: tuple[Path, Path], tmp_path: P
 def test_a_file_of_an_experiment_is_a_data_set_with_its_own_choices(tmp_path: Path) -> None:
     file = tmp_path / "stained.toml"
     file.write_text('path = "there"\nhold_out = "a"\n[data]\nval = 0.1\n')
-    name, found = experiment_of(file, {"rounds": 3, "data": {"test": 0.3}}, ["train.steps=2"])
+    name, found = named_experiment(file, {"rounds": 3, "data": {"test": 0.3}}, ["train.steps=2"])
     assert (name, found.path) == ("stained", str(Path("there").resolve()))
     assert (found.rounds, found.train.steps, found.hold_out, found.data.val) == (3, 2, "a", 0.1)
     assert found.data.test == validate({"path": "x"}).data.test, "its tables stand in for the common ones"
-    plain = experiment_of(Path("there"), {"rounds": 3}, [])
+    plain = named_experiment(Path("there"), {"rounds": 3}, [])
     assert plain[0] == ""
     assert plain[1].rounds == 3
     manifest = tmp_path / "federation.toml"
     manifest.write_text("[sites]\n")
-    assert experiment_of(manifest, {}, [])[1].path == str(manifest.resolve())
+    assert named_experiment(manifest, {}, [])[1].path == str(manifest.resolve())
 
 
 def test_data_sets_differ_in_their_data_alone() -> None:
@@ -169,7 +169,7 @@ def test_two_shifts_of_the_same_data(sets: tuple[Path, Path], tmp_path: Path) ->
         (tmp_path / f"{name}.toml").write_text(f'path = "{sets[0]}"\n{shift}')
     common = {"backbone": {"name": "test-vit"}, "adapter": {"blocks": 2}, "rounds": 1, "threads": 1}
     common |= {"train": {"steps": 2, "batch_size": 4}}
-    given = [experiment_of(tmp_path / f"{name}.toml", common, []) for name in ("faint", "strong")]
+    given = [named_experiment(tmp_path / f"{name}.toml", common, []) for name in ("faint", "strong")]
     log = Log()
     found = compare(
         [one for _, one in given], ["fedit", "local"], [0], tmp_path / "out", names=["faint", "strong"], notify=log,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from confrere.adapters.names import layer_of, shift_name, side_of, slot_of, tensor_name
+from confrere.adapters.names import pair_names
 from confrere.errors import UpdateRefusedError
 from confrere.tensors import Tensors
 
@@ -38,12 +38,8 @@ def canonical(tensors: Tensors, reference: Tensors) -> dict[str, Tensor]:
         UpdateRefusedError: S is singular or its condition number exceeds :data:`LIMIT`, naming the layer.
     """
     result = dict(tensors)
-    for name in sorted(tensors):
-        layer, slot = layer_of(name), slot_of(name)
-        if side_of(name) != "A" or layer is None or slot is None:
-            continue
-        other, shift = tensor_name(layer, "B", slot), shift_name(layer, slot)
-        if other not in tensors or name not in reference or reference[name].shape != tensors[name].shape:
+    for name, other, shift in pair_names(tensors):
+        if name not in reference or reference[name].shape != tensors[name].shape:
             continue
         a, b = tensors[name].double(), tensors[other].double()
         s = _gauge(a, reference[name].double(), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal
 
 _NAME = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<slot>[^.]+)\.weight")
@@ -33,6 +34,18 @@ def side_of(name: str) -> Literal["A", "B"] | None:
 def tensor_name(layer: str, side: Literal["A", "B"], slot: str) -> str:
     """Return the canonical name of one factor."""
     return f"{layer}.lora_{side}.{slot}.weight"
+
+
+def pair_names(names: Collection[str]) -> list[tuple[str, str, str]]:
+    """Return the names of A and B of every pair of which both are in ``names``, and of what may stand between them."""
+    found = []
+    for name in sorted(names):
+        layer, slot = layer_of(name), slot_of(name)
+        if side_of(name) == "A" and layer is not None and slot is not None:
+            other = tensor_name(layer, "B", slot)
+            if other in names:
+                found.append((name, other, shift_name(layer, slot)))
+    return found
 
 
 def gate_name(layer: str) -> str:

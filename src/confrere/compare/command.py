@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from confrere.arguments import check_places
+from confrere.arguments import check_places, experiment_of, opened
 from confrere.compare.run import compare
-from confrere.config import Experiment, override, read, validate
+from confrere.config import Experiment, read
 from confrere.errors import ConfigError
 from confrere.progress import progress
 
@@ -62,7 +62,7 @@ def carry_out(
     if labels and not any(one.startswith("method") for one in overrides):
         # Not the default method, which may not carry what these can (adapter.ranks, backbone.depths).
         values = {"method": labels[0].split(":")[0], "controls": [], **values}
-    found = [experiment_of(path, values, overrides) for path in data]
+    found = [named_experiment(path, values, overrides) for path in data]
     for _, experiment in found:
         check_places(Path(experiment.path), out)
     kept: dict[str, Any] = {"jobs": jobs, "trials": trials, "controls": controls, "target": target}
@@ -71,7 +71,7 @@ def carry_out(
         return compare(experiments, labels, numbers, out, names=names, notify=notify, **kept)
 
 
-def experiment_of(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, Experiment]:
+def named_experiment(path: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, Experiment]:
     """Return a data set's name ("" where its federation has one) and experiment.
 
     Args:
@@ -80,8 +80,5 @@ def experiment_of(path: Path, values: Mapping[str, Any], overrides: Sequence[str
         values: what holds for all data sets.
         overrides: ``key.path=value``, the last word.
     """
-    if path.suffix == ".toml" and path.is_file() and "path" in (own := read(path)):
-        name, where = path.stem, Path(str(own["path"]))
-    else:
-        name, where, own = "", path, {}
-    return name, validate(override({**values, **own, "path": str(where.resolve())}, overrides))
+    data, own = opened(path)
+    return path.stem if own else "", experiment_of(data, {**values, **own}, overrides)

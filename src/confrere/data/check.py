@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from confrere.data.federation import build, examine
 from confrere.data.options import DataOptions
 from confrere.data.splits import NAMES
-from confrere.errors import DataError
+from confrere.errors import DataError, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,15 +123,10 @@ def _problems_table(problems: list[dict[str, str]]) -> RenderableType:
     for title in ("site", "file", "reason"):
         table.add_column(title)
     for problem in problems[:_SHOWN]:
-        table.add_row(*(Text(_printable(problem[key])) for key in ("site", "name", "reason")))
+        table.add_row(*(Text(printable(problem[key])) for key in ("site", "name", "reason")))
     if len(problems) > _SHOWN:
         table.add_row("", f"and {len(problems) - _SHOWN} more", "")
     return table
-
-
-def _printable(text: str) -> str:
-    """Return ``text`` without control characters: a file name must not steer the terminal."""
-    return "".join(char if char.isprintable() else "�" for char in text)
 
 
 def _range(ends: list[int]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from confrere.errors import ConfrereError, RunError
+from confrere.errors import ConfrereError, RunError, printable
 
 T = TypeVar("T")
 
@@ -36,9 +36,7 @@ class Finding:
         """Return what a user reads: one line, and one for the fix."""
         place = f" [{self.where}]" if self.where else ""
         fix = f"\n{'':<20}Fix: {self.fix}" if self.fix else ""
-        text = f"{self.level:<8}{self.check:<12}{self.what}{place}{fix}"
-        # The name of a folder must not steer the terminal.
-        return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+        return printable(f"{self.level:<8}{self.check:<12}{self.what}{place}{fix}", keep="\n")
 
 
 def attempt(check: str, action: Callable[[], T], found: list[Finding]) -> T | None:

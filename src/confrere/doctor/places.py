@@ -22,7 +22,7 @@ def out_findings(out: Path, *, new: bool) -> list[Finding]:
     """Return whether a run can be written to ``out``; ``new`` expects that none is there."""
     found: list[Finding] = []
     if new:
-        attempt("out", lambda: _make_new(out), found)
+        attempt("out", Run(out).check_new, found)
     return found or [probe("out", out, RunError.exit_code)]
 
 
@@ -87,24 +87,6 @@ def room(check: str, path: Path, need: int, code: int, *, there: int = 0) -> Fin
         return Finding("warning", check, f"{what}; some may be there already", str(path), "free space to be sure")
     fix = f"free {_bytes(need - free)} there, or choose another place"
     return Finding("error", check, what, str(path), fix, code)
-
-
-def _make_new(out: Path) -> None:
-    """Raise what :meth:`Run.make_new` says of a directory with these names: of the real one it may remove some."""
-    with tempfile.TemporaryDirectory(prefix="confrere-doctor-") as folder:
-        shadow = Path(folder) / "out"
-        if out.is_dir():
-            shadow.mkdir()
-            for entry in out.iterdir():
-                (shadow / entry.name).touch()
-        elif out.exists():
-            shadow.touch()
-        try:
-            Run(shadow).make_new()
-        except RunError as error:
-            raise RunError(
-                error.what, where=str(out), fix=error.fix.replace(str(shadow), str(out)), code=error.code
-            ) from None
 
 
 def _existing(path: Path) -> Path:

@@ -13,9 +13,10 @@ from confrere.config import Experiment
 from confrere.data.federation import Federation
 from confrere.doctor.finding import Finding, attempt
 from confrere.errors import RunError
-from confrere.fingerprint import differences
+from confrere.fingerprint import differences, trainings
 from confrere.job import threads
 from confrere.record.files import read_json
+from confrere.record.journal import last_round
 from confrere.record.run import Run
 
 
@@ -24,8 +25,7 @@ def resume_findings(out: Path, experiment: Experiment, federation: Federation | 
     yield from _in_use(out)
     if federation is not None:
         yield from _changed(out, experiment, federation)
-    parts = [out, *(out / "controls" / name for name in experiment.controls if name != experiment.method["name"])]
-    for part in parts:
+    for part in trainings(out, experiment):
         yield from _part(part, str(part.relative_to(out)), experiment)
 
 
@@ -67,7 +67,7 @@ def _part(part: Path, name: str, experiment: Experiment) -> Iterator[Finding]:
     yield from found
     if events is None:
         return
-    last = max((e["round"] for e in events if e["event"] == "round"), default=0)
+    last = last_round(events)
     done = "finished" if (part / "results.json").exists() else f"round {last} of {experiment.rounds} is the last one"
     yield Finding("ok", "journal", f"{name}: {len(events)} records, {done}", where)
     if not run.server_file(last).exists():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from confrere.adapters.names import layer_of, shift_name, side_of, slot_of, tensor_name
+from confrere.adapters.names import pair_names
 from confrere.errors import ConfigError, nearest
 from confrere.federation.robust import layout, restored, update
 from confrere.federation.transport import Failure, Transport
@@ -179,12 +179,8 @@ class Attacked:
 def regauged(tensors: Tensors, c: float) -> dict[str, Tensor]:
     """Return the tensors with every pair ``(A, B)``, and what stands between, as ``(c A, B / c)``: the same adapter."""
     result = dict(tensors)
-    for name, value in tensors.items():
-        layer, slot = layer_of(name), slot_of(name)
-        if side_of(name) != "A" or layer is None or slot is None or tensor_name(layer, "B", slot) not in tensors:
-            continue
-        other, shift = tensor_name(layer, "B", slot), shift_name(layer, slot)
-        result[name], result[other] = value * c, tensors[other] / c
+    for a, b, shift in pair_names(tensors):
+        result[a], result[b] = tensors[a] * c, tensors[b] / c
         if shift in tensors:
             result[shift] = tensors[shift] * c
     return result

@@ -15,14 +15,16 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 def begun(round_: int, server: State, requests: Mapping[str, Request]) -> dict[str, Any]:
     """Return the event written ahead of a round: digests of the server's state and of what each site is sent."""
-    known: dict[tuple[tuple[str, int], ...], str] = {}  # most methods send all sites the same tensors
-    sent = {}
-    for site, request in requests.items():
-        same = tuple((group, id(tensors)) for group, tensors in request.state.items())
+    known: dict[tuple[tuple[str, int], ...], str] = {}  # most methods send all sites the very tensors of the server
+
+    def once(state: State) -> str:
+        same = tuple((group, id(tensors)) for group, tensors in state.items())
         if same not in known:
-            known[same] = digest(request.state)
-        sent[site] = known[same]
-    return {"event": "begin", "round": round_, "server": digest(server), "requests": sent}
+            known[same] = digest(state)
+        return known[same]
+
+    sent = {site: once(request.state) for site, request in requests.items()}
+    return {"event": "begin", "round": round_, "server": once(server), "requests": sent}
 
 
 def stored_by(reply: Reply) -> dict[str, str]:

@@ -12,6 +12,7 @@ from confrere.federation.defence import Defence, combine
 from confrere.federation.diagnostics import round_diagnostics
 from confrere.federation.events import begun, brief, evaluation, failure, refused_records, site_record
 from confrere.federation.gate import Gate
+from confrere.federation.recovery import begin
 from confrere.federation.sampling import sample
 from confrere.federation.selection import should_stop, stopped, tidy
 from confrere.federation.transport import Failure, Transport
@@ -62,9 +63,10 @@ def federate(
         RunError: in some round no site answered; the server's state of the round before stands.
     """
     gate, defence = gate or Gate(method=method, run=plan.run), defence or Defence()
-    done, server = begin(run, server, notify)
     written = run.events()
+    done, server = begin(run, written, server, notify)
     journal = [brief(e) for e in written if e.get("round", 0) <= done]
+    newest = written[-1:]
     tidy(run, journal, done, keep=plan.keep)
     for round_ in range(done + 1, plan.rounds + 1):
         if stopped(journal):
@@ -72,9 +74,9 @@ def federate(
         cohort = sample(willing_sites(transport, plan), plan.fraction, plan.seed, round_)
         requests = ask("train", cohort, method, server, plan, round_)
         intent = begun(round_, server, requests)
-        if written[-1:] != [intent]:  # else a process that was killed wrote it, and nothing more
+        if newest != [intent]:  # else a process that was killed wrote it, and nothing more
             run.append(intent)
-        written.clear()
+        newest = []
         server, events = one_round(method, server, requests, transport, plan, gate, defence)
         reason = should_stop(method, [*journal, *events], round_, rounds=plan.rounds, patience=plan.patience)
         if reason:
@@ -85,20 +87,6 @@ def federate(
         for event in events:
             notify(event)
     return server
-
-
-def begin(run: Run, server: State, notify: Callable[[dict[str, Any]], None]) -> tuple[int, State]:
-    """Return the last round that is done and the server's state after it; what cannot be read is done again."""
-    last = run.last_round()
-    done, harmed = run.intact(last)
-    if harmed or (last and done < last):
-        event = {"event": "fallback", "to": max(done, 0), "from": last, "damaged": harmed}
-        run.append(event)
-        notify(event)
-    if done >= 0:
-        return done, run.server(done)
-    run.commit(0, server)
-    return 0, server
 
 
 def ask(

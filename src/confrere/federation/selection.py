@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from confrere.method import Method
+from confrere.record.journal import last_round
 from confrere.record.run import Run
 
 
@@ -19,7 +20,7 @@ def best_round(events: Sequence[Mapping[str, Any]]) -> int:
     judged = [e for e in known if e.get("counts", True)] or known
     if judged:
         return int(-max((e["criterion"], -e["round"]) for e in judged)[1])
-    return max((e["round"] for e in events if e["event"] == "round"), default=0)
+    return last_round(events)
 
 
 def should_stop(method: Method, events: Sequence[Mapping[str, Any]], round_: int, *, rounds: int, patience: int) -> str:

@@ -104,6 +104,12 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as the journal holds it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Fields(dict[str, Any]):
     """A JSON object of a file: a key that is asked for and not there is a RunError that names the file."""
 
@@ -136,6 +142,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that holds an object; RunError names the file when it is missing, damaged or lacks a key."""
     try:
         value = intake.parse_json(intake.read_bytes(path, intake.MOST_JSON))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
     except FileNotFoundError:
         raise RunError(
             "a file of the run is missing", where=str(path), fix="is this a run directory?", code="run-file"
@@ -146,10 +154,6 @@ def read_json(path: Path) -> Any:
         raise RunError(
             "a file of the run is damaged", where=str(path), fix="restore it, or start a new run", code="run-file"
         ) from error
-    if not isinstance(value, dict):
-        raise RunError(
-            "a file of the run is damaged", where=str(path), fix="restore it, or start a new run", code="run-file"
-        )
     return fields(value, str(path))
 
 

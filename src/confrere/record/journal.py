@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,17 @@ def standing(events: Iterable[Event]) -> list[Event]:
         newest = max(newest, event.get("round", 0))
         kept.append(event)
     return kept
+
+
+def last_round(events: Iterable[Mapping[str, Any]]) -> int:
+    """Return the last committed round, 0 when there is none."""
+    return max((e["round"] for e in events if e["event"] == "round"), default=0)
+
+
+def heads(content: bytes) -> list[str]:
+    """Return for every whole line of a journal the hash before it; the lines were parsed already."""
+    sealed = [line[-_SEAL_BYTES:] for line in content.split(b"\n")[:-1]]
+    return [START, *(match[1].decode() for seal in sealed if (match := _SEAL.fullmatch(seal)))][: len(sealed)]
 
 
 def _hash(head: str, body: bytes) -> str:

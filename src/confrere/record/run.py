@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from confrere.errors import RunError
 from confrere.record import journal
 from confrere.record.files import append_bytes, read_state, write_state
 from confrere.record.signing import sign
-from confrere.record.store import DirectoryStore
+from confrere.record.store import DirectoryStore, round_file, rounds_in
 from confrere.tensors import State, digest
 
 LOCKS = {".lock", ".lock-holder"}
@@ -68,6 +68,17 @@ class Run:
         """Make sure that a new run can begin here; what a start that failed before training left is removed.
 
         Raises:
+            RunError: as :meth:`check_new`.
+        """
+        if self.check_new():
+            with self.lock():
+                for name in BEFORE_TRAINING:
+                    (self.path / name).unlink(missing_ok=True)
+
+    def check_new(self) -> bool:
+        """Return whether something is left of a start that failed before training; nothing is changed.
+
+        Raises:
             RunError: a run, or something else, is there.
         """
         if (self.path / "backbone.json").exists():
@@ -79,10 +90,7 @@ class Run:
             raise RunError(
                 "the directory is not empty", where=str(self.path), fix="choose a new --out", code="not-empty"
             )
-        if found:
-            with self.lock():
-                for name in BEFORE_TRAINING:
-                    (self.path / name).unlink(missing_ok=True)
+        return bool(found)
 
     def events(self) -> list[dict[str, Any]]:
         """Return the journal's events that stand; a last line cut short by a crash is left out.
@@ -129,23 +137,23 @@ class Run:
         last = max(rounds)
         _delete(self.path / "server", set(rounds), last)
         for folder in (self.path / "sites").glob("*"):
-            written = _rounds(folder)
+            written = rounds_in(folder)
             _delete(folder, {max((r for r in written if r <= kept), default=0) for kept in rounds}, last)
 
-    def intact(self, last: int) -> tuple[int, list[str]]:
-        """Return the newest round up to ``last`` from which the run can go on, and the damaged files, put aside.
+    def intact(self, events: Sequence[Mapping[str, Any]]) -> tuple[int, list[str]]:
+        """Return the newest round of ``events`` from which the run can go on, and the damaged files, put aside.
 
         A round will do if its server state and the newest state until then of every site that took part can be read and
         are those of the journal; what came after is done again, to the same bytes: site states of then that can be
         read are used as they are. -1: not even the start can be read.
         """
-        events = self.events()
+        last = journal.last_round(events)
         records = {e["round"]: {**e.get("refused", {}), **e["sites"]} for e in events if e["event"] == "round"}
         servers = {e["round"] - 1: e["server"] for e in events if e["event"] == "begin"}
         servers |= {e["round"]: e["server"] for e in events if e["event"] == "round"}
         harmed: list[str] = []
         for site in sorted(self._here):
-            for round_ in [r for r in _rounds(self.store(site).folder) if r > last]:  # of a process that was killed
+            for round_ in [r for r in rounds_in(self.store(site).folder) if r > last]:  # of a process that was killed
                 self._site_reads(site, round_, {}, harmed)
         for round_ in range(last, -1, -1):
             newest = {s: r for r, sites in sorted(records.items()) if r <= round_ for s in sites if s in self._here}
@@ -158,25 +166,20 @@ class Run:
     def _site_reads(self, site: str, until: int, records: Mapping[str, Any], harmed: list[str], least: int = 0) -> bool:
         """Return whether a site's newest state is at least of round ``least``, can be read and is what was recorded."""
         store = self.store(site)
-        found = max((r for r in _rounds(store.folder) if r <= until), default=0)
-        file = store.folder / f"{found:05d}.safetensors"
+        found = max((r for r in rounds_in(store.folder) if r <= until), default=0)
+        file = store.file(found)
         said = records.get(site, {}) if found == least else {}
 
         def read() -> None:
             state, reply = store.read(found)
-            self._as_said(file, state, said.get("kept"))
-            self._as_said(file, reply.state, said.get("stored"))
+            _as_said(file, state, said.get("kept"))
+            _as_said(file, reply.state, said.get("stored"))
 
         return found >= least and self._reads(file, read, harmed)
 
     def _server_reads(self, round_: int, said: str | None, harmed: list[str]) -> bool:
         file = self.server_file(round_)
-        return self._reads(file, lambda: self._as_said(file, self.server(round_), said), harmed)
-
-    def _as_said(self, file: Path, state: State, said: str | None) -> None:
-        if said not in (None, digest(state)):
-            what, fix = "a state is not the one of the journal", "put it back; or delete it, and resume the run"
-            raise RunError(what, where=str(file), fix=fix, code="state-misplaced")
+        return self._reads(file, lambda: _as_said(file, self.server(round_), said), harmed)
 
     def _reads(self, file: Path, read: Callable[[], object], harmed: list[str]) -> bool:
         """Return whether a state can be read; one that cannot is renamed, so that nobody takes it for good."""
@@ -192,7 +195,7 @@ class Run:
 
     def server_file(self, round_: int) -> Path:
         """Return the file of the server's state after ``round_`` (0 = before round 1)."""
-        return self.path / "server" / f"{round_:05d}.safetensors"
+        return round_file(self.path / "server", round_)
 
     def server(self, round_: int) -> State:
         """Return the server's state after ``round_``."""
@@ -209,16 +212,19 @@ class Run:
 
     def last_round(self) -> int:
         """Return the last committed round, 0 when there is none."""
-        return max((e["round"] for e in self.events() if e["event"] == "round"), default=0)
+        return journal.last_round(self.events())
 
 
-def _rounds(folder: Path) -> list[int]:
-    return [int(f.stem) for f in folder.glob("*.safetensors") if f.stem.isdecimal()]
+def _as_said(file: Path, state: State, said: str | None) -> None:
+    """Refuse a state whose digest is not the one that was ``said``; None says nothing."""
+    if said not in (None, digest(state)):
+        what, fix = "a state is not the one of the journal", "put it back; or delete it, and resume the run"
+        raise RunError(what, where=str(file), fix=fix, code="state-misplaced")
 
 
 def _delete(folder: Path, kept: Collection[int], last: int) -> None:
-    for round_ in _rounds(folder):
-        file = folder / f"{round_:05d}.safetensors"
+    for round_ in rounds_in(folder):
+        file = round_file(folder, round_)
         try:
             if round_ <= last and round_ not in kept:
                 file.unlink(missing_ok=True)

@@ -48,6 +48,16 @@ class MemoryStore:
         self._rounds[round_] = (state, reply)
 
 
+def rounds_in(folder: Path) -> list[int]:
+    """Return the rounds whose states lie in a folder, in any order; other files beside them do not count."""
+    return [int(f.stem) for f in folder.glob("*.safetensors") if f.stem.isdecimal()]
+
+
+def round_file(folder: Path, round_: int) -> Path:
+    """Return the file of a round's state in a folder."""
+    return folder / f"{round_:05d}.safetensors"
+
+
 class DirectoryStore:
     """One safetensors file a round in a directory of the site's own: ``00007.safetensors``."""
 
@@ -56,26 +66,27 @@ class DirectoryStore:
 
     def before(self, round_: int) -> State | None:
         """Return the newest state written for a round strictly before ``round_``."""
-        rounds = [n for f in self.folder.glob("*.safetensors") if f.stem.isdecimal() and (n := int(f.stem)) < round_]
+        rounds = [r for r in rounds_in(self.folder) if r < round_]
         return self.read(max(rounds))[0] if rounds else None
 
     def reply(self, round_: int) -> Reply | None:
         """Return the reply given in ``round_``, if any."""
-        return self.read(round_)[1] if self._path(round_).exists() else None
+        return self.read(round_)[1] if self.file(round_).exists() else None
 
     def write(self, round_: int, state: State, reply: Reply) -> None:
         """Keep state and reply of ``round_`` in one atomic file."""
         groups = {f"state.{group}": tensors for group, tensors in state.items()}
         groups |= {f"reply.{group}": tensors for group, tensors in reply.state.items()}
         meta = {"site": self.site, "round": round_, "weight": reply.weight, "metrics": dict(reply.metrics)}
-        write_state(self._path(round_), groups, meta)
+        write_state(self.file(round_), groups, meta)
 
-    def _path(self, round_: int) -> Path:
-        return self.folder / f"{round_:05d}.safetensors"
+    def file(self, round_: int) -> Path:
+        """Return the file of ``round_``, whether it is there or not."""
+        return round_file(self.folder, round_)
 
     def read(self, round_: int) -> tuple[State, Reply]:
         """Return state and reply of ``round_``; RunError when they cannot be read, or are of another site or round."""
-        path = self._path(round_)
+        path = self.file(round_)
         groups, meta = read_state(path)
         if (meta["site"], meta["round"]) != (self.site, round_):
             raise RunError(
