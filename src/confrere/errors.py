@@ -7,7 +7,9 @@ ConfrereError            exit code 1   anything below
 ├── RunError             5   a run directory is locked, damaged, foreign or does not match
 ├── UpdateRefusedError   6   a message between site and server breaks the rules
 ├── TrainingError        7   local training diverged
-└── MissingExtraError    8   an optional package is not installed
+├── MissingExtraError    8   an optional package is not installed
+├── NetworkError         9   a certificate, key, port or clock is wrong, or the other side cannot be reached
+└── PolicyError         10   a site's own policy forbids what is asked
 
 Each says what is wrong, where, and how to mend it; none quotes a file's contents or a patient identifier.
 """
@@ -86,6 +88,18 @@ class MissingExtraError(ConfrereError):
             f"{needed_for} needs the package {package!r}, which is not installed",
             fix=f"pip install 'confrere[{extra}]'",
         )
+
+
+class NetworkError(ConfrereError):
+    """A certificate, key, kit, port or clock is wrong, or the other side cannot be reached or refuses."""
+
+    exit_code = 9
+
+
+class PolicyError(ConfrereError):
+    """A site's own policy forbids what is asked; nothing leaves the site."""
+
+    exit_code = 10
 
 
 def printable(text: str, keep: str = "") -> str:

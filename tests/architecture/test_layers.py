@@ -28,7 +28,8 @@ ROWS = [
     {"examination", "fingerprint", "opening", "arguments"},
     {"job", "track", "demo", "progress"},
     {"compare", "predict", "verify", "doctor"},
-    {"onboard", "ranks"},
+    {"onboard", "ranks", "consortium", "watch"},
+    {"flower"},
     {"commands"},
     {"cli"},
     {"__init__", "__main__"},
@@ -44,9 +45,12 @@ HOMES = {
     "mlflow": {"track.py"},
     "tensorboard": {"track.py"},
     "optuna": {"compare/tuning.py"},
-    "cryptography": {"record/signing.py"},
-    "typer": {"cli.py", "commands.py"},
-    "flwr": set(),
+    "cryptography": {"record/signing.py", "consortium/", "federation/secure/"},
+    "prometheus_client": {"watch/"},
+    "starlette": {"watch/"},
+    "uvicorn": {"watch/"},
+    "typer": {"cli.py", "commands.py", "consortium/commands.py", "watch/commands.py"},
+    "flwr": {"flower/"},
 }
 FORBIDDEN = {"yaml", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "os.system"}
