@@ -15,7 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from confrere.commands import add_to
+from confrere.consortium.commands import add_to as add_consortium
 from confrere.errors import ConfrereError, DataError, printable
+from confrere.flower.commands import add_to as add_flower
+from confrere.watch.commands import add_to as add_watch
 
 app = typer.Typer(
     name="confrere",
@@ -284,3 +287,6 @@ def _say(text: str, bold: object = "") -> None:
 
 
 add_to(app)
+add_consortium(app)
+add_flower(app)
+add_watch(app)

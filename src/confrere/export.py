@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from confrere.backbones import Backbone
 from confrere.federation.site import Site
 from confrere.method import Method, Request
 from confrere.record.files import write_bytes, write_files, write_json
-from confrere.tensors import State
+from confrere.tensors import State, Tensors
+
+Model = Literal["general", "personalised"]
 
 
 def export_adapters(
@@ -33,40 +35,55 @@ def export_adapters(
     ``head.safetensors`` holds all that is no LoRA factor: the head, and norms or gates of methods that have them.
     """
     for name, entry in results["sites"].items():
-        model: Literal["general", "personalised"] = "general" if entry["held_out"] else "personalised"
         if "temperature" not in entry:  # never examined: held out by a method without a general model
             continue
+        model: Model = "general" if entry["held_out"] else "personalised"
         request = Request(kind="evaluate", round=round_, state=method.broadcast(server, name), model=model)
-        params, backbone = sites[name].params(request), sites[name].backbone
-        base = base_name(backbone)
-        for slot in method.all_slots:
-            chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
-            write_files(folder / name / slot, export(chosen, scale=backbone.scale, base_name=base))
-        if method.additive():
-            merged = merge_slots(params, method.all_slots)
-            write_files(folder / name / "merged", export(merged, scale=backbone.scale, base_name=base))
-        rest = {n: t.contiguous() for n, t in params.items() if lora.slot_of(n) is None}
-        write_bytes(folder / name / "head.safetensors", save(rest))
-        write_json(
-            folder / name / "head.json",
-            {
-                "site": name,
-                "model": model,
-                "classes": results["classes"],
-                "pool": backbone.pool,
-                "precision": backbone.precision,
-                "temperature": entry["temperature"],
-                "backbone": backbone.name,
-                "backbone_sha256": backbone.digest,
-                "depth": backbone.depth,
-                "image_size": list(backbone.image_size),
-                "scale": backbone.scale,
-                "blocks": backbone.spec.blocks,
-                "targets": backbone.spec.targets,
-                "slots": ["merged"] if method.additive() else list(method.all_slots),
-                "method": {"name": method.name, **asdict(method)},
-            },
-        )
+        about = About(name, model, tuple(results["classes"]), float(entry["temperature"]))
+        export_model(folder / name, method, sites[name].backbone, sites[name].params(request), about)
+
+
+@dataclass(frozen=True)
+class About:
+    """What ``head.json`` says of a model besides what its backbone and method say."""
+
+    site: str
+    model: Model
+    classes: tuple[str, ...]
+    temperature: float
+
+
+def export_model(folder: Path, method: Method, backbone: Backbone, params: Tensors, about: About) -> None:
+    """Write the adapters and the head of one model."""
+    base = base_name(backbone)
+    for slot in method.all_slots:
+        chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
+        write_files(folder / slot, export(chosen, scale=backbone.scale, base_name=base))
+    if method.additive():
+        merged = merge_slots(params, method.all_slots)
+        write_files(folder / "merged", export(merged, scale=backbone.scale, base_name=base))
+    rest = {n: t.contiguous() for n, t in params.items() if lora.slot_of(n) is None}
+    write_bytes(folder / "head.safetensors", save(rest))
+    write_json(
+        folder / "head.json",
+        {
+            "site": about.site,
+            "model": about.model,
+            "classes": list(about.classes),
+            "pool": backbone.pool,
+            "precision": backbone.precision,
+            "temperature": about.temperature,
+            "backbone": backbone.name,
+            "backbone_sha256": backbone.digest,
+            "depth": backbone.depth,
+            "image_size": list(backbone.image_size),
+            "scale": backbone.scale,
+            "blocks": backbone.spec.blocks,
+            "targets": backbone.spec.targets,
+            "slots": ["merged"] if method.additive() else list(method.all_slots),
+            "method": {"name": method.name, **asdict(method)},
+        },
+    )
 
 
 def base_name(backbone: Backbone) -> str:

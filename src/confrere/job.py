@@ -22,6 +22,7 @@ from confrere.federation.attacks import DATA, Attacked, flip_labels
 from confrere.federation.gate import Gate
 from confrere.federation.loop import Plan, federate
 from confrere.federation.sampling import cohort_size
+from confrere.federation.secure.simulated import equip
 from confrere.federation.selection import best_round
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess, Transport
@@ -71,7 +72,7 @@ class Task:
     @property
     def training_sites(self) -> list[str]:
         """Return the sites that take part, sorted."""
-        return sorted(name for name in self.data if name != self.experiment.hold_out)
+        return sorted(site.name for site in self.federation.sites if site.name != self.experiment.hold_out)
 
 
 def run_experiment(
@@ -115,13 +116,18 @@ def threads(experiment: Experiment, federation: Federation) -> int:
     return experiment.threads or max(1, cores() // len(federation.sites))
 
 
+def load_backbones(experiment: Experiment, federation: Federation) -> dict[str, Backbone]:
+    """Return every site's backbone, one object for all of the same depth, and the server's under ""."""
+    depths = {name: depth_of(experiment, federation, name) for name in ("", *(site.name for site in federation.sites))}
+    made = {depth: load_backbone(experiment, federation, depth) for depth in dict.fromkeys(depths.values())}
+    return {name: made[depth] for name, depth in depths.items()}
+
+
 def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Task:
     """Load the backbones for the method's adapters and compute (or find) every image's frozen prefix."""
     method = experiment.build_method()
     torch.set_num_threads(experiment.threads or cores())  # bits of the prefix do not depend on it
-    depths = {name: depth_of(experiment, federation, name) for name in ("", *(site.name for site in federation.sites))}
-    made = {depth: load_backbone(experiment, federation, depth) for depth in dict.fromkeys(depths.values())}
-    backbones = {name: made[depth] for name, depth in depths.items()}
+    backbones = load_backbones(experiment, federation)
 
     def progress(site: str, done: int, total: int) -> None:
         notify({"event": "prefix", "site": site, "done": done, "total": total})
@@ -136,26 +142,11 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
 
 
 def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
-    """Run the rounds, choose one by validation data, examine it on test data, export its adapters."""
+    """Train in this process: run the rounds, examine the chosen one, export every site's adapters."""
     run, experiment, method = Run(path), task.experiment, task.method
-    write_json(path / "backbone.json", task.describe())
-    started = time.perf_counter()
     sites = {name: make_site(task, name, run) for name in task.data}
     if method.pools:
         sites[POOLED] = make_site(task, POOLED, run)
-    plan = Plan(
-        rounds=experiment.rounds,
-        seed=experiment.seed,
-        fraction=experiment.federation.fraction,
-        min_replies=1 if method.pools else experiment.federation.min_replies,
-        every=experiment.selection.every,
-        patience=experiment.selection.patience,
-        run=stamp(experiment, task.federation),
-        keep=experiment.record.keep,
-        train=(POOLED,) if method.pools else tuple(task.training_sites),
-        judge=tuple(task.training_sites),
-    )
-    server = method.init_server(initial(task, ""))
     each = threads(experiment, task.federation)
     if method.pools:  # one site trains: it takes all cores
         torch.set_num_threads(experiment.threads or cores())
@@ -163,20 +154,74 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
     else:
         torch.set_num_threads(each)
         transport = InProcess(sites, experiment.workers or max(1, cores() // each))
+
+    def export(results: Mapping[str, Any], chosen: int) -> None:
+        export_adapters(path / "adapters", method, run.server(chosen), sites, results, chosen)
+
+    weights, choice = {name: site.weight for name, site in sites.items()}, experiment.secure
+    own = run.path / "sites"
+    roster = equip(sites, own, threshold=choice.threshold, clip=choice.clip) if experiment.masked else None
+    lead(task, run, transport, weights, export, stamp(experiment, task.federation), notify, roster)
+
+
+def lead(
+    task: Task,
+    run: Run,
+    transport: Transport,
+    weights: Mapping[str, float],
+    export: Callable[[Mapping[str, Any], int], None],
+    run_stamp: str,
+    notify: Notify = lambda event: None,
+    roster: Mapping[str, bytes] | None = None,
+) -> None:
+    """Run the rounds over any transport, choose one by validation data, examine it on test data, export, finish.
+
+    Args:
+        task: its data are not needed.
+        run: where the server's states, the journal and the results go.
+        transport: reaches the sites.
+        weights: registered, of every site.
+        export: takes results.json and the chosen round.
+        run_stamp: marks all messages.
+        notify: called with every event.
+        roster: public identities of all sites, by which the messages of secure aggregation are checked.
+    """
+    experiment, method, started = task.experiment, task.method, time.perf_counter()
+    write_json(run.path / "backbone.json", task.describe())
+    server = method.init_server(initial(task, ""))
     if not any(event["event"] == "inputs" for event in run.events()):
         run.append(inputs(experiment, task.federation, task.describe()))
     over = attacked(transport, experiment) if method.sends and not method.pools else transport
-    federate(method, server, over, plan, run, notify, gate=make_gate(task, sites), defence=experiment.build_defence())
-    events = run.events()
-    chosen = best_round(events)
+    gate = make_gate(task, weights, run_stamp)
+    defence = experiment.build_defence(roster, run.path / "sums")
+    federate(method, server, over, plan(task, run_stamp), run, notify, gate=gate, defence=defence)
+    chosen = best_round(run.events())
     notify({"event": "examine", "round": chosen})
-    results = examine_sites(experiment, task.federation.classes, list(task.data), run, transport, chosen)
-    export_adapters(path / "adapters", method, run.server(chosen), sites, results, chosen)
+    names = [site.name for site in task.federation.sites]
+    results = examine_sites(experiment, task.federation.classes, names, run, transport, chosen)
+    export(results, chosen)
     results["seconds"] = round(time.perf_counter() - started, 1)
-    finish(run, path, results)
+    finish(run, run.path, results)
 
 
-def make_gate(task: Task, sites: Mapping[str, Site]) -> Gate:
+def plan(task: Task, run_stamp: str) -> Plan:
+    """Return how many rounds a task takes, and who trains and judges."""
+    experiment, pools = task.experiment, task.method.pools
+    return Plan(
+        rounds=experiment.rounds,
+        seed=experiment.seed,
+        fraction=experiment.federation.fraction,
+        min_replies=1 if pools else experiment.federation.min_replies,
+        every=experiment.selection.every,
+        patience=experiment.selection.patience,
+        run=run_stamp,
+        keep=experiment.record.keep,
+        train=(POOLED,) if pools else tuple(task.training_sites),
+        judge=tuple(task.training_sites),
+    )
+
+
+def make_gate(task: Task, weights: Mapping[str, float], run_stamp: str) -> Gate:
     """Return what every answer passes; sites of equal rank and depth send the same form, drawn once."""
     experiment, forms = task.experiment, dict[tuple[int, int], Tensors]()
 
@@ -186,13 +231,7 @@ def make_gate(task: Task, sites: Mapping[str, Site]) -> Gate:
             forms[kind] = initial(task, site)
         return task.method.payload(forms[kind], asked.state, asked.round, experiment.rounds)
 
-    return Gate(
-        method=task.method,
-        run=stamp(experiment, task.federation),
-        expected=expected,
-        weights={name: site.weight for name, site in sites.items()},
-        **experiment.gate.model_dump(),
-    )
+    return Gate(method=task.method, run=run_stamp, expected=expected, weights=weights, **experiment.gate.model_dump())
 
 
 def attacked(transport: Transport, experiment: Experiment) -> Transport:

@@ -45,11 +45,11 @@ HOMES = {
     "mlflow": {"track.py"},
     "tensorboard": {"track.py"},
     "optuna": {"compare/tuning.py"},
-    "cryptography": {"record/signing.py", "consortium/", "federation/secure/"},
+    "cryptography": {"record/signing.py", "consortium/", "federation/secure/", "flower/coordinator.py"},
     "prometheus_client": {"watch/"},
-    "starlette": {"watch/"},
-    "uvicorn": {"watch/"},
-    "typer": {"cli.py", "commands.py", "consortium/commands.py", "watch/commands.py"},
+    "starlette": {"watch/", "flower/front.py"},
+    "uvicorn": {"watch/", "flower/front.py"},
+    "typer": {"cli.py", "commands.py", "consortium/commands.py", "watch/commands.py", "flower/commands.py"},
     "flwr": {"flower/"},
 }
 FORBIDDEN = {"yaml", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

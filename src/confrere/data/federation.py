@@ -31,6 +31,7 @@ def load_federation(
     seed: int,
     cache: Path,
     splits: Path | None = None,
+    only: str | None = None,
 ) -> Federation:
     """Read, check, split and describe the data at ``path``.
 
@@ -41,20 +42,21 @@ def load_federation(
         seed: decides splits and partitions.
         cache: folder of decoded images, made if needed.
         splits: a ``site,sha256,split`` table: used if it exists, written if not.
+        only: leave all other sites out before any file is opened.
 
     Raises:
         DataError: the data cannot be used as they are.
     """
-    listing, registration = examine(path, options, image_size, seed, cache)
+    listing, registration = examine(path, options, image_size, seed, cache, only)
     return build(listing, registration, options, seed, splits)
 
 
 def examine(
-    path: Path, options: DataOptions, image_size: tuple[int, int], seed: int, cache: Path
+    path: Path, options: DataOptions, image_size: tuple[int, int], seed: int, cache: Path, only: str | None = None
 ) -> tuple[Listing, Registration]:
     """List, hash, deal out and decode: all that finds unusable files, which the registration names."""
     table = numbers.read_numbers(path, options) if numbers.holds_numbers(path, options) else None
-    listing = _mapped(table.listing if table else read_listing(path, options), options)
+    listing = _mapped(_chosen(table.listing if table else read_listing(path, options), only), options)
     size = options.image_size or image_size
     hashes, problems = table.hash_rows(listing) if table else hash_rows(listing.rows, max_pixels=options.max_pixels)
     problems = [*listing.problems, *problems]
@@ -69,7 +71,7 @@ def build(
 ) -> Federation:
     """Refuse what cannot be used, split the rest and describe it."""
     _refuse_unusable(registration, options)
-    classes = _classes(listing, registration)
+    classes = _classes(listing, registration, options)
     sites = _split(_arrays(registration, classes), registration, options, seed, stored)
     counted, sites, said = simulate.simulate(sites, options.shift, classes, seed)
     height, width = sites[0].images.shape[1:3]
@@ -83,6 +85,22 @@ def build(
         digest=_digest(classes, sites),
     )
     return numbers.standardised(federation, listing.columns, options.constants) if listing.columns else federation
+
+
+def _chosen(listing: Listing, only: str | None) -> Listing:
+    """Return the listing of one site; DataError when it is not there."""
+    if only is None:
+        return listing
+    names = sorted({row.site for row in listing.rows})
+    if only not in names:
+        raise DataError(
+            f"there is no site {only!r}",
+            where=listing.name,
+            fix=f"the sites are {', '.join(names)}; name the folder, or the column site, as the kit does",
+            code="unknown-site",
+        )
+    rows = tuple(row for row in listing.rows if row.site == only)
+    return replace(listing, rows=rows, problems=tuple(p for p in listing.problems if p.site == only))
 
 
 def _mapped(listing: Listing, options: DataOptions) -> Listing:
@@ -124,18 +142,19 @@ def _tally(counts: Counter[str]) -> str:
     return ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
 
 
-def _classes(listing: Listing, registration: Registration) -> tuple[str, ...]:
+def _classes(listing: Listing, registration: Registration, options: DataOptions) -> tuple[str, ...]:
     found = sorted({row.label for site in registration.sites for row in site.rows})
-    if listing.classes is not None:
-        unknown = sorted(set(found) - set(listing.classes))
+    agreed = options.classes or listing.classes
+    if agreed is not None:
+        unknown = sorted(set(found) - set(agreed))
         if unknown:
             raise DataError(
                 f"the data have the class {unknown[0]!r}, which the list of classes lacks",
                 where=listing.name,
-                fix=f'add it to classes, or map it: [class_map] "{unknown[0]}" = "{listing.classes[0]}"',
+                fix=f'add it to classes, or map it: [class_map] "{unknown[0]}" = "{agreed[0]}"',
                 code="classes",
             )
-        return listing.classes
+        return agreed
     if len(found) < 2:
         raise DataError(
             "there is only one class",

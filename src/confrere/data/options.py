@@ -45,6 +45,7 @@ class DataOptions(BaseModel):
         max_pixels: an image with more is refused before it is decoded.
         min_per_class: classes with fewer images over all sites are kept but reported.
         on_bad: leave unusable files out, or stop at them.
+        classes: the classes of all sites, in order, where no data name them all; empty takes those that are found.
         class_map: other name of a class -> its name, the same for all sites.
         partition: set for one pooled set; None when the data name their sites.
         shift: simulated differences between sites, see :class:`confrere.data.shift.Shift`.
@@ -59,6 +60,7 @@ class DataOptions(BaseModel):
     max_pixels: Whole = Field(default=50_000_000, ge=1)
     min_per_class: Whole = Field(default=3, ge=1)
     on_bad: Literal["skip", "stop"] = "skip"
+    classes: tuple[str, ...] = ()
     class_map: dict[str, str] = {}
     partition: Partition | None = None
     shift: tuple[Shift, ...] = ()
@@ -66,6 +68,8 @@ class DataOptions(BaseModel):
 
     @model_validator(mode="after")
     def _some_training(self) -> DataOptions:
+        if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must be at least two different names")
         if self.val + self.test > 0.8:
             raise ValueError("val + test must leave at least 0.2 for training")
         return self

@@ -1,0 +1,220 @@
+"""The coordinator's run: ask every site what it is, train the method and the controls over them, collect the verdicts.
+
+It knows no network: ``Sites`` is whatever carries a header and arrays to a site and an answer back.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from confrere.config import Experiment, validate
+from confrere.consortium import states
+from confrere.consortium.census import Header, Sites, describe, gathered
+from confrere.consortium.frame import PROTOCOL, Arrays
+from confrere.consortium.status import Status
+from confrere.data.federation import Federation
+from confrere.errors import ConfigError, RunError
+from confrere.export import About, Model, export_model
+from confrere.federation.transport import Failure
+from confrere.fingerprint import begin, trainings
+from confrere.job import Task, initial, lead, load_backbones
+from confrere.method import Reply, Request
+from confrere.record.files import file_digest, read_json, write_json
+from confrere.record.machine import cores
+from confrere.record.run import Run
+from confrere.verdicts import NOTE, headline
+
+Notify = Callable[[dict[str, Any]], None]
+
+
+class Remote:
+    """The transport of one training: requests of the round loop as frames of a job."""
+
+    def __init__(self, sites: Sites, job: Mapping[str, Any]) -> None:
+        self._sites, self.job = sites, dict(job)
+
+    def sites(self) -> tuple[str, ...]:
+        """Return the names of the sites that can be asked now, sorted."""
+        return self._sites.online()
+
+    def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
+        """Send each site its request; return what came back, sorted by site."""
+        if not requests:
+            return []
+        frames: dict[str, tuple[Header, Arrays]] = {}
+        for site, request in requests.items():
+            header, arrays = states.ask(request)
+            frames[site] = {**self.job, **header}, arrays
+        answers = self._sites.ask(next(iter(requests.values())).kind, frames)
+        return [
+            found if isinstance(found, Failure) else states.answered(site, *found)
+            for site, found in sorted(answers.items())
+        ]
+
+
+def conduct(
+    experiment: Experiment, out: Path, names: Collection[str], sites: Sites, status: Status, notify: Notify
+) -> None:
+    """Run an experiment over the sites ``names`` into ``out``; continue what an earlier call left unfinished.
+
+    Raises:
+        RunError: a site is missing at the start, differs from the others, or ``out`` is of another experiment.
+        PolicyError: a site's policy forbids the experiment.
+    """
+    run = Run(out)
+    with run.lock():
+        job = {"protocol": PROTOCOL, "job": _job(out), "part": "", "experiment": as_sent(experiment)}
+        status.phase("waiting")
+        described = describe(sites, names, job, status)
+        federation = gathered(experiment, described, out)
+        torch.set_num_threads(experiment.threads or cores())
+        begin(out, experiment, federation, accept_drift=False)
+        notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
+        weights = {site: float(told["weight"]) for site, told in described.items()}
+        for part in trainings(out, experiment):
+            if not (part / "results.json").exists():
+                name = "" if part == out else part.name
+                own = experiment.for_method(name) if name else experiment
+                method = str(own.method["name"])
+                status.phase("train", method=method, round=0, rounds=own.rounds)
+                notify({"event": "method", "name": method, "rounds": own.rounds})
+                _train(
+                    own,
+                    federation,
+                    part,
+                    Remote(sites, {**job, "part": name}),
+                    sites,
+                    weights,
+                    described,
+                    status,
+                    notify,
+                )
+        if experiment.other_controls:
+            status.phase("examine", method="verdicts")
+            _verdicts(sites, names, job, out)
+        status.phase("done")
+
+
+def _job(out: Path) -> str:
+    """Return the name under which the sites keep their part of the run in ``out``: made once, 16 hexadecimal digits."""
+    if not (out / "job.json").exists():
+        write_json(out / "job.json", {"job": secrets.token_hex(8)})
+    return str(read_json(out / "job.json")["job"])
+
+
+def as_sent(experiment: Experiment) -> str:
+    """Return the experiment as the sites get it: without the coordinator's path and trackers."""
+    return validate({**experiment.model_dump(), "path": "the site's own", "track": ()}).toml()
+
+
+def across(experiment: Experiment, classes: Collection[str]) -> tuple[Experiment, list[str]]:
+    """Return the experiment as it can run across hospitals, and what was changed, in sentences.
+
+    Raises:
+        ConfigError: it cannot: the method pools images, the classes are not named, or it simulates something.
+    """
+    said: list[str] = []
+    if experiment.build_method().pools:
+        fix = "use another method"
+        raise ConfigError("no hospital may send its images", where="method.name", fix=fix, code="across-hospitals")
+    simulated = [
+        key for key, on in (("attack.sites", experiment.attack.sites), ("data.shift", experiment.data.shift)) if on
+    ]
+    if simulated or experiment.data.partition:
+        where = (simulated or ["data.partition"])[0]
+        fix = "leave it out, or run in one process: confrere run"
+        raise ConfigError("this is a simulation", where=where, fix=fix, code="across-hospitals")
+    agreed = experiment.data.classes or tuple(classes)
+    if len(agreed) < 2:
+        fix = "set data.classes in the experiment, or classes in consortium.toml, in the order all agree on"
+        raise ConfigError("the classes are not agreed", where="data.classes", fix=fix, code="across-hospitals")
+    kept = tuple(name for name in experiment.controls if name != "pooled")
+    if kept != experiment.controls:
+        said.append("Pooled training is left out: no hospital may send its images.")
+    values = experiment.model_dump()
+    values["data"]["classes"] = agreed
+    return validate({**values, "controls": kept}), said
+
+
+def _train(
+    experiment: Experiment,
+    federation: Federation,
+    path: Path,
+    transport: Remote,
+    sites: Sites,
+    weights: Mapping[str, float],
+    described: Mapping[str, Header],
+    status: Status,
+    notify: Notify,
+) -> None:
+    backbones = load_backbones(experiment, federation)
+    task = Task(
+        experiment=experiment,
+        method=experiment.build_method(),
+        federation=federation,
+        backbones=backbones,
+        data={},
+    )
+    for name, told in described.items():
+        ours, theirs = task.backbone_of(name).digest, told["backbone"].get("digest")
+        if theirs != ours:
+            what = f"its backbone has the hash {str(theirs)[:12]}, the coordinator's {ours[:12]}"
+            raise RunError(what, where=f"site {name}", fix="install the same weights", code="site-differs")
+    run = Run(path)
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] in ("round", "examine"):
+            status.phase("train" if event["event"] == "round" else "examine", round=event["round"])
+        notify(event)
+
+    def export(results: Mapping[str, Any], chosen: int) -> None:
+        take_home(task, run, sites, transport, results, chosen)
+
+    lead(task, run, transport, weights, export, str(transport.job["job"]), tell)
+
+
+def take_home(task: Task, run: Run, sites: Sites, transport: Remote, results: Mapping[str, Any], chosen: int) -> None:
+    """Let every site write its own adapters, and write the general model here, where the method makes one.
+
+    Raises:
+        RunError: a site could not.
+    """
+    server, method = run.server(chosen), task.method
+    frames: dict[str, tuple[Header, Arrays]] = {}
+    for name, entry in results["sites"].items():
+        model: Model = "general" if entry["held_out"] else "personalised"
+        state = method.broadcast(server, name)
+        header, arrays = states.ask(Request(kind="evaluate", round=chosen, state=state, model=model))
+        own = {**results, "sites": {name: entry}}
+        frames[name] = {**transport.job, **header, "kind": "export", "results": own}, arrays
+    for name, answer in sites.ask("export", frames).items():
+        failed = answer.reason if isinstance(answer, Failure) else answer[0].get("failure")
+        if failed:
+            fix = "resume: confrere coordinator KIT --out RUN"
+            raise RunError(f"it could not export its adapters: {failed}", where=f"site {name}", fix=fix, code="export")
+    if method.has_general():
+        received = method.broadcast(server, "")
+        params = method.personal(received, method.init_site(initial(task, "")))
+        about = About("general", "general", task.federation.classes, 1.0)
+        export_model(run.path / "adapters" / "general", method, task.backbone, params, about)
+
+
+def _verdicts(sites: Sites, names: Collection[str], job: Header, out: Path) -> None:
+    """Collect what every site found when it compared its models on its own test patients, and write verdicts.json."""
+    found: dict[str, Any] = {}
+    for name, answer in sorted(sites.ask("verdict", {n: ({**job, "kind": "verdict"}, {}) for n in names}).items()):
+        told = answer if isinstance(answer, Failure) else answer[0]
+        if isinstance(told, Failure) or not isinstance(told.get("verdicts"), dict):
+            fix = "resume: confrere coordinator KIT --out RUN"
+            raise RunError("it gave no verdict", where=f"site {name}", fix=fix, code="no-replies")
+        found[name] = told["verdicts"]
+    write_json(out / "verdicts.json", {"sites": found, "headline": headline(found), "note": NOTE})
+    said = {"event": "verdicts", "files": {"verdicts.json": file_digest(out / "verdicts.json")}}
+    run = Run(out)
+    if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
+        run.append(said)

@@ -1,0 +1,84 @@
+"""States and requests as frames, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from confrere.consortium.frame import Arrays
+from confrere.errors import UpdateRefusedError
+from confrere.federation.transport import Failure
+from confrere.method import Reply, Request
+from confrere.tensors import State, digest, flatten, unflatten
+
+
+def to_arrays(state: State) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return a state's tensors under ``group/name`` with what the header must say of it: its groups and digest."""
+    arrays = {key: value.detach().cpu().contiguous().numpy() for key, value in flatten(state).items()}
+    return arrays, {"groups": list(state), "digest": digest(state)}
+
+
+def to_state(header: Mapping[str, Any], arrays: Arrays) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the state of a frame.
+
+    Raises:
+        UpdateRefusedError: a name has no group, a group is not announced, or the digest is another one.
+    """
+    groups = header.get("groups", [])
+    announced = isinstance(groups, Sequence) and all(isinstance(group, str) for group in groups)
+    if not announced or not all(name.partition("/")[0] in groups and "/" in name for name in arrays):
+        raise UpdateRefusedError(
+            "a message holds tensors of a group it does not announce", fix="use the same version", code="message-form"
+        )
+    found = unflatten({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
+    state = {group: dict(found.get(group, {})) for group in groups}
+    if header.get("digest") != digest(state):
+        fix = "nothing to do: it is sent again; if it happens again, look at the network"
+        raise UpdateRefusedError("a message was changed on its way", fix=fix, code="message-digest")
+    return state
+
+
+def ask(request: Request) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return header and arrays of a request."""
+    arrays, said = to_arrays(request.state)
+    header = {"kind": request.kind, "round": request.round, "run": request.run, "split": request.split}
+    return {**header, "model": request.model, **said}, arrays
+
+
+def asked(header: Mapping[str, Any], arrays: Arrays) -> Request:
+    """Return the request of a frame; UpdateRefusedError when it is none."""
+    state = to_state(header, arrays)
+    round_, kind = header.get("round"), header.get("kind")
+    split, model = header.get("split"), header.get("model")
+    if type(round_) is not int or round_ < 0 or split not in ("val", "test") or not isinstance(kind, str):
+        raise UpdateRefusedError("a request is not understood", fix="use the same version", code="message-form")
+    if model not in ("personalised", "general"):
+        raise UpdateRefusedError("a request is not understood", fix="use the same version", code="message-form")
+    run = str(header.get("run", ""))
+    return Request(kind=kind, round=round_, run=run, state=state, split=split, model=model)  # type: ignore[arg-type]
+
+
+def answer(reply: Reply) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return header and arrays of a reply."""
+    arrays, said = to_arrays(reply.state)
+    header = {"site": reply.site, "round": reply.round, "run": reply.run, "weight": reply.weight}
+    return {**header, "metrics": dict(reply.metrics), **said}, arrays
+
+
+def answered(site: str, header: Mapping[str, Any], arrays: Arrays) -> Reply | Failure:
+    """Return what ``site`` answered; what is no reply is a failure, and its stamps are the gate's to check."""
+    failed = header.get("failure")
+    if isinstance(failed, dict):
+        reason, fix, code = (str(failed.get(key, "")) for key in ("reason", "fix", "code"))
+        return Failure(site, reason, fix, code)
+    try:
+        state = to_state(header, arrays)
+    except UpdateRefusedError as error:
+        return Failure(site, error.reason, error.fix, error.code)
+    if header.get("site") != site:
+        return Failure(site, "an answer came under another site's name", "find out who sent it", code="update-stamp")
+    given = {key: header.get(key) for key in ("round", "run", "weight", "metrics")}
+    return Reply(site=site, state=state, **given)  # type: ignore[arg-type]  # the gate refuses what is of another type

@@ -1,0 +1,64 @@
+"""status.json: what a coordinator is doing now, for whoever watches; the journal says what is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from confrere.record.files import write_json
+
+EVERY = 5.0
+"""Seconds after which the file is written again although nothing changed: a sign of life."""
+
+
+class Status:
+    """Written atomically on every change."""
+
+    def __init__(self, path: Path, consortium: str, sites: Collection[str]) -> None:
+        now, self._path, self._written = time.time(), path, 0.0
+        new: dict[str, Any] = {"online": False, "seen": None, "waiting": False, "refused": ""}
+        self.values: dict[str, Any] = {
+            "format": 1,
+            "consortium": consortium,
+            "phase": "waiting",
+            "method": "",
+            "round": 0,
+            "rounds": 0,
+            "since": now,
+            "updated": now,
+            "sites": {site: dict(new) for site in sorted(sites)},
+            "error": "",
+        }
+
+    def phase(self, phase: str, **values: Any) -> None:
+        """Begin a phase; ``values`` are other fields."""
+        if phase != self.values["phase"]:
+            self.values["since"] = time.time()
+        self.values |= {"phase": phase, **values}
+        self._write()
+
+    def online(self, sites: Collection[str]) -> None:
+        """Say which sites can be asked now."""
+        before = {site for site, entry in self.values["sites"].items() if entry["online"]}
+        for site, entry in self.values["sites"].items():
+            entry["online"] = site in sites
+            entry["seen"] = time.time() if site in sites else entry["seen"]
+        if before != set(sites) or time.time() - self._written > EVERY:
+            self._write()
+
+    def waiting(self, sites: Collection[str]) -> None:
+        """Say which sites were asked and have not answered."""
+        for site, entry in self.values["sites"].items():
+            entry["waiting"] = site in sites
+        self._write()
+
+    def refused(self, site: str, code: str) -> None:
+        """Say that a site refused, or was refused, with the code of an error."""
+        self.values["sites"][site]["refused"] = code
+        self._write()
+
+    def _write(self) -> None:
+        self._written = self.values["updated"] = time.time()
+        write_json(self._path, self.values)

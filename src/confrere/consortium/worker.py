@@ -1,0 +1,229 @@
+"""A site's long-lived process: it holds data, backbone and state, and answers what the coordinator asks.
+
+Every job (one run directory of the coordinator) has a directory here, laid out as a run's: ``sites/<site>`` with the
+personal states, ``controls/<name>`` for the controls, ``adapters/<site>`` in the end. Nothing of it is sent away.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from confrere import intake
+from confrere.backbones import default_size
+from confrere.config import Experiment, override, validate
+from confrere.consortium import states
+from confrere.consortium.frame import PROTOCOL, Arrays
+from confrere.consortium.kit import Kit
+from confrere.consortium.policy import Policy, check
+from confrere.data.federation import Federation, load_federation
+from confrere.errors import ConfigError, ConfrereError, PolicyError, TrainingError, UpdateRefusedError
+from confrere.export import About, export_model
+from confrere.federation.site import Site
+from confrere.job import Task, make_site, prepare, threads
+from confrere.prefix import cache_dir
+from confrere.record.files import write_bytes, write_json
+from confrere.record.machine import machine
+from confrere.record.run import Run
+from confrere.verdicts import verdicts
+
+JOB = re.compile(r"[0-9a-f]{16}")
+LOCAL = ("data.", "engine.device=", "threads=", "workers=")
+"""What a site may set for itself, where its files or its machine differ."""
+TOLD = (PolicyError, TrainingError, UpdateRefusedError)
+"""Errors whose words may leave the site. Others could name files: of them only the code does."""
+Notify = Callable[[dict[str, Any]], None]
+Answer = tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """Answers requests of one site, one at a time.
+
+    Args:
+        kit: says who the site is. policy: has the last word. data: its images, which stay here.
+        state: directory of its own. overrides: ``key=value`` of :data:`LOCAL`. notify: called with events, for a log.
+    """
+
+    kit: Kit
+    policy: Policy
+    data: Path
+    state: Path
+    overrides: Sequence[str] = ()
+    notify: Notify = lambda event: None
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _open: tuple[str, str, Task, Site] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        wrong = [one for one in self.overrides if not one.startswith(LOCAL)]
+        if wrong:
+            fix = "the coordinator's experiment decides everything else; here: data.*, engine.device, threads, workers"
+            raise ConfigError(
+                "a site cannot set this for itself", where=wrong[0].split("=")[0], fix=fix, code="override"
+            )
+
+    @property
+    def site(self) -> str:
+        """Return the site's name, as its kit has it."""
+        return str(self.kit.site)
+
+    def answer(self, header: Mapping[str, Any], arrays: Arrays) -> Answer:
+        """Return header and arrays of the answer; what goes wrong is told as a failure, in words that may leave."""
+        kind = header.get("kind")
+        event = {"event": "request", "kind": str(kind)[:20], "round": header.get("round"), "site": self.site}
+        try:
+            with self._lock:
+                found = self._answer(header, arrays)
+            self.notify(event)
+            return found
+        except TOLD as error:
+            return self._failed(event, error, error.reason, error.fix)
+        except ConfrereError as error:
+            return self._failed(event, error, f"the site reports the error {error.code}", "look at the site's log")
+        except (MemoryError, torch.OutOfMemoryError):
+            failure = {"reason": "the site ran out of memory", "fix": "lower train.batch_size", "code": "out-of-memory"}
+            self.notify({**event, "event": "failure", **failure})
+            return {"failure": failure}, {}
+
+    def _failed(self, event: dict[str, Any], error: ConfrereError, reason: str, fix: str) -> Answer:
+        self.notify({**event, "event": "failure", "code": error.code, "reason": error.reason, "fix": error.fix})
+        return {"failure": {"reason": reason, "fix": fix, "code": error.code}}, {}
+
+    def _answer(self, header: Mapping[str, Any], arrays: Arrays) -> Answer:
+        job, part, experiment = self._job(header)
+        task, site = self._opened(job, part, experiment)
+        kind = header["kind"]
+        if kind == "describe":
+            return self._describe(task, site), {}
+        if kind == "export":
+            return self._export(job / part, task, site, header, arrays), {}
+        if kind == "verdict":
+            return {"verdicts": self._verdicts(job, experiment)}, {}
+        torch.set_num_threads(threads(experiment, task.federation))
+        return states.answer(site.handle(states.asked(header, arrays)))
+
+    def _job(self, header: Mapping[str, Any]) -> tuple[Path, str, Experiment]:
+        """Return directory, part and experiment of a request; the experiment of a job never changes.
+
+        Raises:
+            UpdateRefusedError: another format, or another experiment under the same name.
+            PolicyError: the site's policy forbids it.
+            ConfigError: the experiment is wrong.
+        """
+        if header.get("protocol") != PROTOCOL:
+            said = header.get("protocol")
+            what = f"the coordinator speaks format {said if type(said) is int else '?'}, this site format {PROTOCOL}"
+            raise UpdateRefusedError(what, fix="install the same version of confrere everywhere", code="version")
+        job, part, text = (header.get(key) for key in ("job", "part", "experiment"))
+        known = isinstance(job, str) and JOB.fullmatch(job) and isinstance(part, str) and isinstance(text, str)
+        if not known:
+            raise UpdateRefusedError("a request is not understood", fix="use the same version", code="message-form")
+        folder, content = self.state / str(job), str(text).encode()
+        asked = validate(_values(content))
+        if asked.attack.sites or asked.data.shift or asked.data.partition:
+            what, fix = (
+                "attacks, shifts and partitions are simulations",
+                "leave attack.*, data.shift, data.partition out",
+            )
+            raise PolicyError(what, where="the experiment", fix=fix, code="simulation")
+        if part not in ("", *asked.other_controls):
+            raise UpdateRefusedError(
+                "a request is for no training of this job", fix="use the same version", code="message-form"
+            )
+        if (folder / "asked.toml").exists():
+            if (folder / "asked.toml").read_bytes() != content:
+                what, fix = "the experiment of a job was changed", "start a new run for another experiment"
+                raise UpdateRefusedError(what, fix=fix, code="job-changed")
+        else:
+            write_bytes(folder / "asked.toml", content)
+        own = {"path": str(self.data.resolve()), "track": ()}
+        full = validate({**override(_values(content), self.overrides), **own})
+        if not (folder / "experiment.toml").exists():
+            write_bytes(folder / "experiment.toml", full.toml().encode())
+        return folder, f"controls/{part}" if part else "", full if not part else full.for_method(str(part))
+
+    def _opened(self, job: Path, part: str, experiment: Experiment) -> tuple[Task, Site]:
+        """Return the site with its data read and its backbone loaded, which is done once per training."""
+        if self._open is None or self._open[:2] != (job.name, part):
+            self._open = None  # two backbones need not fit
+            check(self.policy, experiment, examples=None)
+            federation = self._federation(job, experiment)
+            task = prepare(experiment, federation, self.notify)
+            site = make_site(task, self.site, Run(job / part))
+            check(self.policy, experiment, examples=len(site.data.rows("train")))
+            self._open = job.name, part, task, site
+        return self._open[2:]
+
+    def _federation(self, job: Path, experiment: Experiment) -> Federation:
+        size = experiment.data.image_size or default_size(experiment.backbone.name, experiment.backbone.image_size)
+        return load_federation(
+            self.data,
+            options=experiment.data,
+            image_size=size,
+            seed=experiment.split_seed,
+            cache=cache_dir(),
+            splits=job / "splits.csv",
+            only=self.site,
+        )
+
+    def _describe(self, task: Task, site: Site) -> dict[str, Any]:
+        """Return what the coordinator must know before round 1: numbers and digests, no name of a file or patient."""
+        federation = task.federation
+        return {
+            "site": self.site,
+            "versions": {**machine(), "flwr": _version("flwr")},
+            "protocol": PROTOCOL,
+            "classes": list(federation.classes),
+            "image_size": list(federation.image_size),
+            "synthetic": federation.synthetic,
+            "data": federation.digest,
+            "sheet": federation.sheet["sites"][self.site],
+            "warnings": federation.sheet["warnings"],
+            "weight": site.weight,
+            "backbone": task.describe(),
+        }
+
+    def _export(self, path: Path, task: Task, site: Site, header: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
+        """Write what the site takes home: its adapters, and results.json with its own numbers."""
+        request = states.asked({**header, "kind": "evaluate"}, arrays)
+        results = header.get("results")
+        if not isinstance(results, dict) or not isinstance(results.get("sites"), dict):
+            raise UpdateRefusedError("the results are not understood", fix="use the same version", code="message-form")
+        entry = results["sites"].get(self.site, {})
+        if "temperature" in entry:
+            about = About(self.site, request.model, task.federation.classes, float(entry["temperature"]))
+            folder = path / "adapters" / self.site
+            export_model(folder, task.method, site.backbone, site.params(request), about)
+        write_json(path / "results.json", results)
+        return {"exported": self.site}
+
+    def _verdicts(self, job: Path, experiment: Experiment) -> dict[str, Any]:
+        """Return whether joining paid here, which only the site can compute: test predictions never leave it."""
+        asked = validate(_values((job / "asked.toml").read_bytes()))
+        controls = {name: job / "controls" / name for name in asked.other_controls}
+        done = {name: path for name, path in controls.items() if (path / "results.json").exists()}
+        found = verdicts(job, done, [self.site], seed=experiment.seed)
+        write_json(job / "verdicts.json", found)
+        return dict(found["sites"][self.site])
+
+
+def _values(content: bytes) -> dict[str, Any]:
+    try:
+        return intake.parse_toml(content)
+    except ValueError:
+        fix = "use the same version of confrere on both sides"
+        raise UpdateRefusedError("the experiment cannot be read", fix=fix, code="message-form") from None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:
+        return "not installed"

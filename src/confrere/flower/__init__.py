@@ -1,0 +1,1 @@
+"""Across hospitals on Flower: the only package that imports flwr. It translates, and starts and stops processes."""

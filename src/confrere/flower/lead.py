@@ -1,0 +1,68 @@
+"""What ``confrere coordinator`` does: the experiment made fit for hospitals, the run, its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from confrere.config import Experiment, override, read, validate
+from confrere.consortium.kit import Kit
+from confrere.consortium.lead import across
+from confrere.errors import ConfigError
+from confrere.fingerprint import stored_experiment
+from confrere.flower.coordinator import Coordinator, Notify
+from confrere.record.run import Run
+from confrere.report import write_report
+
+
+def lead(
+    kit: Kit,
+    out: Path,
+    config: Path | None,
+    overrides: Sequence[str],
+    *,
+    host: str,
+    deadline: float,
+    patience: float,
+    watch: int,
+    notify: Notify,
+) -> str:
+    """Run an experiment across the sites of a kit into ``out``, or go on with the one there; return the headline."""
+    experiment, said = chosen(kit, out, config, overrides)
+    for line in said:
+        notify({"event": "note", "reason": line})
+
+    def begun() -> None:
+        """Serve the live page once there is a run to look at."""
+        if watch:
+            from confrere.watch.serve import start
+
+            notify({"event": "watch", "reason": start(out, port=watch).url})
+
+    with Coordinator(kit=kit, host=host, notify=notify) as processes:
+        verdicts = processes.conduct(experiment, out, begun, deadline=deadline, patience=patience)
+    notify({"event": "report", "reason": str(write_report(out))})
+    return str(verdicts.get("headline", ""))
+
+
+def chosen(kit: Kit, out: Path, config: Path | None, overrides: Sequence[str]) -> tuple[Experiment, list[str]]:
+    """Return the experiment of a new run, or of the one in ``out``, and what was changed so that it can run.
+
+    Raises:
+        ConfigError: there is neither; or other choices are given for a run that has begun.
+    """
+    if (out / "experiment.toml").exists():
+        if config or overrides:
+            what, fix = (
+                "this run has begun; its experiment is fixed",
+                "leave --config and overrides out, or use a new --out",
+            )
+            raise ConfigError(what, where=str(out), fix=fix, code="not-empty")
+        return stored_experiment(out), []
+    if config is None:
+        fix = "give --config EXPERIMENT.toml"
+        raise ConfigError("there is no run to go on with, and no experiment", where=str(out), fix=fix, code="no-run")
+    if not (out / "job.json").exists():
+        Run(out).make_new()
+    values = override({**read(config), "path": f"consortium {kit.consortium}"}, overrides)
+    return across(validate(values), kit.classes)
