@@ -50,6 +50,19 @@ def test_a_cache_cut_short_is_written_anew(tmp_path: Path) -> None:
         assert np.array_equal(tokens(tiny_backbone(), site(), CLASSES, tmp_path).tokens[np.arange(5)], whole)
 
 
+@pytest.mark.parametrize("place", ["header", "first", "middle", "last", "seal"])
+def test_one_flipped_bit_of_the_cache_is_found_and_mended(tmp_path: Path, place: str) -> None:
+    whole = tokens(tiny_backbone(), site(), CLASSES, tmp_path).tokens[np.arange(5)]
+    (file,) = tmp_path.glob("tokens-*")
+    content = file.read_bytes()
+    at = {"header": 127, "first": 128, "middle": len(content) // 2, "last": -5, "seal": -1}[place]
+    damaged = bytearray(content)
+    damaged[at] ^= 1
+    file.write_bytes(damaged)
+    assert np.array_equal(tokens(tiny_backbone(), site(), CLASSES, tmp_path).tokens[np.arange(5)], whole)
+    assert file.read_bytes() == content
+
+
 def test_other_images_another_cut_or_size_have_another_key(tmp_path: Path) -> None:
     tokens(tiny_backbone(), site(), CLASSES, tmp_path)
     tokens(tiny_backbone(), site(first=9), CLASSES, tmp_path)

@@ -228,6 +228,55 @@ def test_states_are_compared_even_where_rounds_cannot_be_computed_again(tmp_path
         verify(out)
 
 
+def test_what_a_refused_site_kept_is_compared_too(tmp_path: Path) -> None:
+    attack = {"name": "not-finite", "sites": ["ashford"]}
+    out = finished(tmp_path, controls=[], method={"name": "fedsa-lora"}, attack=attack)
+    assert verify(out)[0].recomputed == 3
+    other_values(out / "sites" / "ashford" / "00002.safetensors")
+    with pytest.raises(RunError, match=r"round 2, (state|reply) of ashford"):
+        verify(out)
+
+
+def test_only_a_simulated_attacker_sends_what_it_does_not_store(run: Path) -> None:
+    def change(event: dict[str, Any]) -> None:
+        if event["event"] == "round" and event["round"] == 2:
+            event["sites"]["ashford"]["reply"] = "0" * 64
+
+    reseal(run, change)
+    with pytest.raises(RunError, match="round 2, what the server got from ashford"):
+        verify(run)
+
+
+def test_what_a_site_was_sent_is_compared(run: Path) -> None:
+    def change(event: dict[str, Any]) -> None:
+        if event["event"] == "begin" and event["round"] == 2:
+            event["requests"]["ashford"] = "0" * 64
+
+    reseal(run, change)
+    with pytest.raises(RunError, match="round 2, what ashford was sent"):
+        verify(run)
+
+
+def test_an_adapter_that_was_added_is_found(run: Path) -> None:
+    (run / "adapters" / "more.safetensors").write_bytes(b"x")
+    with pytest.raises(RunError, match=r"not in the journal.*more\.safetensors"):
+        verify(run)
+
+
+def test_a_coordinator_has_no_states_of_sites(run: Path) -> None:
+    """Over a network each hospital keeps its own; what the coordinator has is compared."""
+    for part in (run, run / "controls" / "local"):
+        shutil.rmtree(part / "sites")
+    with pytest.raises(RunError, match="a state is missing"):
+        verify(run)
+    (run / "job.json").write_text('{"job": "0123456789abcdef"}')
+    main, local = verify(run)
+    assert (main.rounds, main.recomputed, local.recomputed) == (3, 0, 0)
+    other_values(run / "server" / "00002.safetensors")
+    with pytest.raises(RunError, match=r"not what the journal says.*00002\.safetensors"):
+        verify(run)
+
+
 @pytest.mark.parametrize("gone", ["server/00002.safetensors", "controls/local/events.jsonl", "verdicts"])
 def test_what_is_gone_is_found(run: Path, gone: str) -> None:
     if gone == "verdicts":

@@ -96,6 +96,19 @@ class GateChoice(Part):
     factor: float = Field(default=8.0, ge=0)
 
 
+class SecureChoice(Part):
+    """Secure aggregation: the server learns the weighted mean, and no site's update; see docs/secure.md.
+
+    ``threshold``: so many sites have to stay to the end of a round, or nothing of it is shown; more than half of those
+    that are asked. 0: two thirds of them. ``clip``: a site shortens a change that is longer than this (L2, all tensors
+    together), as nobody can compare sizes between sites; 0: never.
+    """
+
+    aggregation: bool = False
+    threshold: int = Field(default=0, ge=0)
+    clip: float = Field(default=0.0, ge=0)
+
+
 class AttackChoice(Part):
     """A simulated adversary, for research: ``sites`` send what the attack ``name`` makes of their updates.
 

@@ -16,7 +16,7 @@ import typer
 
 from confrere.commands import add_to
 from confrere.consortium.commands import add_to as add_consortium
-from confrere.errors import ConfrereError, DataError, printable
+from confrere.errors import ConfrereError, DataError, RunError, printable
 from confrere.flower.commands import add_to as add_flower
 from confrere.watch.commands import add_to as add_watch
 
@@ -93,6 +93,9 @@ def resume(
     """Continue a run that was stopped, to the bytes it would have had."""
     from confrere.fingerprint import stored_experiment
 
+    if (run / "job.json").exists():
+        fix = f"confrere coordinator KIT --out {run}"
+        raise RunError("this run is across hospitals", where=str(run), fix=fix, code="across-hospitals")
     _carry_out(stored_experiment(run), run, quiet=quiet, accept_drift=accept_drift)
 
 

@@ -58,14 +58,25 @@ def doctor(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="where the run shall be written")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
+    site: Annotated[Path | None, typer.Option(help="kit of a site: check that it can take part")] = None,
+    data: Annotated[Path | None, typer.Option(help="with --site: its images or table")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Find what would break a run before it begins, or a stopped one before it goes on; without PATH: the machine."""
     from confrere.doctor import Finding, examine, sort_out, summary, verdict
 
-    path, overrides = sort_out(arguments or [])
+    path, overrides = sort_out(arguments or [], kit=site is not None)
+    if site is not None:
+        from confrere.consortium.commands import check_extra
+
+        check_extra("cryptography")
+        from confrere.consortium.doctor import examine_site
+
+        findings = examine_site(site, data=data, config=config, overrides=overrides, out=out)
+    else:
+        findings = examine(path, overrides, out=out, config=config)
     found: list[Finding] = []
-    for finding in examine(path, overrides, out=out, config=config):
+    for finding in findings:
         found.append(finding)
         if not as_json:
             typer.echo(finding.line())

@@ -23,16 +23,19 @@ from confrere.choices import (
     GateChoice,
     Part,
     RecordChoice,
+    SecureChoice,
     SelectionChoice,
     TrainChoice,
 )
 from confrere.data.options import DataOptions
 from confrere.errors import ConfigError, nearest
 from confrere.federation.defence import Defence
+from confrere.federation.secure.exchange import Secure
+from confrere.federation.secure.settings import check_alone, check_method, hides
 from confrere.method import METHODS, Method, defaults, make
 
 _DEEPEST = 8  # tables above a key
-MAY_DIFFER = ("adapter", "attack", "backbone", "engine", "federation", "gate", "train")
+MAY_DIFFER = ("adapter", "attack", "backbone", "engine", "federation", "gate", "secure", "train")
 """Tables whose keys a method's label may set in a comparison, but for those that change how many steps are taken."""
 STEPS = ("train.steps", "federation.fraction")
 
@@ -55,6 +58,7 @@ class Experiment(Part):
     train: TrainChoice = TrainChoice()
     federation: FederationChoice = FederationChoice()
     gate: GateChoice = GateChoice()
+    secure: SecureChoice = SecureChoice()
     attack: AttackChoice = AttackChoice()
     selection: SelectionChoice = SelectionChoice()
     record: RecordChoice = RecordChoice()
@@ -104,6 +108,9 @@ class Experiment(Part):
                     code="rank",
                 )
             self._refuse_depths(method)
+        if self.secure.aggregation:
+            check_method(self.build_method(), unequal=bool(self.adapter.ranks or self.backbone.depths))
+            check_alone(self.federation, self.gate, self.attack)
         return self
 
     def _refuse_depths(self, method: Method) -> None:
@@ -130,9 +137,16 @@ class Experiment(Part):
         options = {key: value for key, value in self.method.items() if key != "name"}
         return make(str(self.method["name"]), options)
 
-    def build_defence(self) -> Defence:
-        """Return what guards the average; the controls, which send nothing or train in one place, have none."""
+    @property
+    def masked(self) -> bool:
+        """Return whether updates leave their sites masked; the controls, which send nothing or pool, have none."""
+        return self.secure.aggregation and hides(self.build_method())
+
+    def build_defence(self, roster: Mapping[str, bytes] | None = None, sums: Path | None = None) -> Defence:
+        """Return what guards the average; the controls have nothing to guard. See :class:`Secure` for the arguments."""
         method, choice = self.build_method(), self.federation
+        if self.masked:
+            return Secure(roster=roster or {}, threshold=self.secure.threshold, folder=sums)
         if method.pools or not method.sends:
             return Defence()
         return Defence(rule=choice.rule, byzantine=choice.byzantine, canonical=choice.canonical)

@@ -23,6 +23,7 @@ from confrere.federation.gate import Gate
 from confrere.federation.loop import Plan, federate
 from confrere.federation.sampling import cohort_size
 from confrere.federation.secure.simulated import equip
+from confrere.federation.secure.total import SUMS
 from confrere.federation.selection import best_round
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess, Transport
@@ -193,7 +194,7 @@ def lead(
         run.append(inputs(experiment, task.federation, task.describe()))
     over = attacked(transport, experiment) if method.sends and not method.pools else transport
     gate = make_gate(task, weights, run_stamp)
-    defence = experiment.build_defence(roster, run.path / "sums")
+    defence = experiment.build_defence(roster, run.path / SUMS)
     federate(method, server, over, plan(task, run_stamp), run, notify, gate=gate, defence=defence)
     chosen = best_round(run.events())
     notify({"event": "examine", "round": chosen})

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from confrere import methods as _methods  # noqa: F401  fills the registry
 from confrere.adapters import head
 from confrere.backbones import REGISTRY
+from confrere.errors import ConfigError
+from confrere.federation.robust import RULES, check_rule
+from confrere.federation.secure.settings import check_method, hides
 from confrere.method import METHODS, Method
 
 if TYPE_CHECKING:
@@ -110,7 +114,34 @@ def method_page() -> str:
         f"# Methods\n\nThe registry's {count} methods; made by `python -m confrere.listing docs/methods/index.md`.\n"
         "A server that needs only a *sum* works with secure aggregation; others see *each* site's update.\n\n"
     )
-    return intro + "\n\n".join(parts) + "\n"
+    return intro + "\n\n".join([*parts, _combinations()]) + "\n"
+
+
+def _combinations() -> str:
+    """Return what works with what: asked of the very checks that an experiment passes, for each method's defaults."""
+    columns = ("name", "[secure aggregation](../secure.md)", "[robust rules](../robust.md)", "unequal ranks", "depths")
+    lines = [f"## What works with what\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"]
+    for name, cls in sorted(METHODS.items()):
+        method = cls()
+        masked = not refuses(partial(check_method, method, unequal=False))
+        rules = [r for r in RULES if r != "mean" and not refuses(partial(check_rule, method, r, 0, 100, unequal=False))]
+        cells = (
+            ("yes" if masked else "") if hides(method) else "nothing to mask",
+            ("all" if len(rules) == len(RULES) - 1 else ", ".join(rules)) if hides(method) else "nothing to guard",
+            "yes" if method.unequal else "",
+            "yes" if method.depths else "",
+        )
+        lines.append(f"| [{name}]({name}.md) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def refuses(check: Callable[[], None]) -> bool:
+    """Return whether a check of an experiment refuses."""
+    try:
+        check()
+    except ConfigError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

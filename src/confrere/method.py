@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 class Request:
     """What the server asks of one site in one round of the run with the stamp ``run``.
 
+    The last four kinds are phases of secure aggregation, of which ``keys`` includes training.
     ``split`` and ``model`` matter to ``evaluate`` only: ``general`` asks for the model of a site that never
     trained, i.e. what an unseen hospital would get.
     """
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "keys", "shares", "masked", "unmask"]
     round: int
     state: State
     run: str = ""

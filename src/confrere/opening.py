@@ -14,6 +14,7 @@ from confrere.errors import ConfigError, nearest
 from confrere.federation.attacks import check_attack
 from confrere.federation.robust import check_rule
 from confrere.federation.sampling import cohort_size
+from confrere.federation.secure.settings import check_cohort
 from confrere.prefix import cache_dir
 
 
@@ -51,6 +52,8 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
         )
     chosen, unequal = experiment.federation, bool(experiment.adapter.ranks or spec.depths)
     check_rule(experiment.build_method(), chosen.rule, chosen.byzantine, asked, unequal=unequal)
+    if experiment.masked:
+        check_cohort(asked, experiment.secure.threshold)
     attack, training = experiment.attack, [name for name in names if name != experiment.hold_out]
     check_attack(attack.name, attack.sites, attack.strength, training)
     return federation
@@ -80,7 +83,7 @@ def depth_of(experiment: Experiment, federation: Federation, site: str = "") -> 
     spec = experiment.backbone
     usual = spec.depth or (REGISTRY[spec.name].keep if spec.name in REGISTRY else None)
     own = {one.name: spec.depths.get(one.name, usual) for one in federation.sites if one.name != experiment.hold_out}
-    most = max(own.values(), key=lambda depth: math.inf if depth is None else depth)
+    most = max(own.values(), key=lambda depth: math.inf if depth is None else depth, default=usual)
     return most if experiment.build_method().pools else own.get(site, most)
 
 

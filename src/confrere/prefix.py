@@ -12,7 +12,7 @@ import numpy as np
 from confrere.backbones import Backbone
 from confrere.data.cache import DECODER
 from confrere.data.federation import SiteImages
-from confrere.data.mapped import Mapped, one_maker
+from confrere.data.mapped import Mapped, is_sealed, one_maker, seal
 from confrere.errors import ConfigError, DataError
 from confrere.seeds import derive
 from confrere.tokenset import Array, TokenSet, as_numpy
@@ -137,8 +137,10 @@ def _cached(
 
 
 def _kept(path: Path, rows: int) -> Mapped | None:
-    """Return a whole array of the cache, None when it is absent or cut short (it is then written anew)."""
+    """Return a whole array of the cache, None when it is absent, cut short or changed (it is then written anew)."""
     try:
+        if not is_sealed(path):
+            return None
         kept = Mapped(path)
     except (OSError, ValueError, EOFError):
         return None
@@ -168,6 +170,7 @@ def _compute(
                 progress(site.name, min(start + BATCH, total), total)
         if out is not None:
             out.flush()
+        seal(Path(name))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -85,6 +85,18 @@ def test_the_cache_is_reused_and_private_and_mended(root, cache):
     assert [path.name for path in cache.glob(".*")] == [".lock"]
 
 
+@pytest.mark.parametrize("name", ["mean", "width", "digest"])
+def test_a_changed_fact_of_the_cache_is_found_and_mended(root, cache, name):
+    first = load(root, cache)
+    entry = sorted(cache.glob("*.json"))[0]
+    content, meta = entry.read_bytes(), json.loads(entry.read_text())
+    value = meta["facts"][0][name]
+    meta["facts"][0][name] = {"mean": [0.5] * 3, "width": 61, "digest": str(value)[::-1]}[name]
+    entry.write_text(json.dumps(meta))
+    assert load(root, cache).sheet == first.sheet
+    assert entry.read_bytes() == content
+
+
 def test_another_size_is_another_entry(root, cache):
     load(root, cache)
     federation = load(root, cache, image_size=(8, 12))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from confrere.data.mapped import Mapped, one_maker
+from confrere.data.mapped import Mapped, is_sealed, one_maker, seal
 from confrere.errors import DataError
 
 
@@ -35,6 +35,22 @@ def test_a_file_that_goes_away_is_named_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "x.npy").unlink()
     with pytest.raises(DataError, match="resume"):
         kept[np.array([0])]
+
+
+def test_a_seal_holds_for_these_bytes_only(tmp_path: Path) -> None:
+    file = tmp_path / "x.npy"
+    np.save(file, np.arange(100))
+    assert not is_sealed(file)
+    seal(file)
+    content = file.read_bytes()
+    assert is_sealed(file)
+    assert np.array_equal(Mapped(file)[:], np.arange(100))
+    for at in range(0, len(content), 29):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+        assert not is_sealed(file)
+    for cut in (0, 3, 4, len(content) - 1):
+        file.write_bytes(content[:cut])
+        assert not is_sealed(file)
 
 
 def test_one_at_a_time_adds_to_the_cache(tmp_path: Path) -> None:

@@ -102,12 +102,12 @@ def holds(certificate: x509.Certificate, content: bytes, signature: bytes) -> bo
     """Return whether ``signature`` was made of ``content`` by the authority with this certificate."""
     try:
         key = certificate.public_key()
-        if isinstance(key, ec.EllipticCurvePublicKey):
-            key.verify(signature, content, _SIGN)
-            return True
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            return False
+        key.verify(signature, content, _SIGN)
     except (InvalidSignature, UnsupportedAlgorithm, ValueError):
-        pass  # of another kind, or of other bytes
-    return False
+        return False
+    return True
 
 
 def issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -24,7 +24,7 @@ def provision(
     width = max(map(len, made.sites))
     for name, (change, fingerprint) in sorted(made.sites.items()):
         typer.echo(f"{name:<{width}}  {change:<8}{fingerprint}")
-    typer.echo(f"Valid until {made.expires:%Y-%m-%d}. Kits: {out}/coordinator, {out}/sites/*")
+    typer.echo(f"Valid until {made.expires:%Y-%m-%d}. Hand over {out}/coordinator and each folder of {out}/sites.")
     typer.echo(f"Keep {out}/ca.key off the network: whoever has it can make kits.")
 
 

@@ -127,11 +127,13 @@ def _kit(own: Kit) -> Iterator[Finding]:
 
 
 def _versions(own: Kit | None) -> Iterator[Finding]:
-    wrong = [found for one in requirements("flower") if (found := fault(one))]
+    needed = requirements("flower")
+    wrong = [found for one in needed if (found := fault(one))]
     for what, fix in wrong:
         yield Finding("error", "versions", what, fix=fix, exit_code=8, code="missing-extra")
     if not wrong:
-        there = (f"{name} {metadata.version(name)}" for name in ("flwr", "torch", "transformers"))
+        names = (*(one.name for one in needed), "torch", "transformers")
+        there = (f"{name} {metadata.version(name)}" for name in names)
         yield Finding("ok", "versions", f"confrere {confrere.__version__}, {', '.join(there)}")
     if own is not None and own.confrere != confrere.__version__:
         what = f"the kit was made by confrere {own.confrere}, {confrere.__version__} is installed"

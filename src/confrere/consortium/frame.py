@@ -31,7 +31,7 @@ Arrays = Mapping[str, np.ndarray]
 def pack(header: Mapping[str, Any], arrays: Arrays) -> bytes:
     """Return one frame; ``header`` must be JSON without NaN."""
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    return save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, {"confrere": text})
+    return save({name: np.asarray(value, order="C") for name, value in arrays.items()}, {"confrere": text})
 
 
 def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

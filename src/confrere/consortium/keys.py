@@ -15,16 +15,14 @@ CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 """Curves of node keys: those of NIST that Flower takes, but for the two that are too short."""
 
 
-def new_node_key() -> tuple[bytes, str]:
-    """Return a new P-384 private key as an OpenSSH file, which Flower's node takes, and its public half."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    return _private(key, serialization.PrivateFormat.OpenSSH), _openssh(key.public_key())
+def new_node_key() -> bytes:
+    """Return a new P-384 private key as an OpenSSH file, which Flower's node takes."""
+    return _private(ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH)
 
 
-def new_identity_key() -> tuple[bytes, str]:
-    """Return a new Ed25519 private key in PEM, which signs a site's messages, and its public half in base64."""
-    key = Ed25519PrivateKey.generate()
-    return pem(key), _raw(key.public_key())
+def new_identity_key() -> bytes:
+    """Return a new Ed25519 private key in PEM, which signs a site's messages."""
+    return pem(Ed25519PrivateKey.generate())
 
 
 def node_public(content: bytes) -> str:
@@ -85,6 +83,12 @@ def parse_identity_public(content: bytes) -> str:
     if not isinstance(key, Ed25519PublicKey):
         raise ValueError("no Ed25519 public key in PEM")
     return _raw(key)
+
+
+def identity_pem(public: str) -> bytes:
+    """Return a public identity key, given in base64, in PEM."""
+    key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public))
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def fingerprint(public: str) -> str:

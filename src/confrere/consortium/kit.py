@@ -8,6 +8,7 @@ authority's fingerprint is compared by telephone.
 from __future__ import annotations
 
 import os
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,11 @@ class Kit:
     def target(self) -> str:
         """Address and port, as programs take them."""
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+    @property
+    def identities(self) -> dict[str, bytes]:
+        """Raw Ed25519 public keys of all sites, by which messages of secure aggregation are checked."""
+        return {name: b64decode(member.identity) for name, member in self.sites.items()}
 
     def content(self) -> bytes:
         """Return the bytes of kit.json, which are signed."""

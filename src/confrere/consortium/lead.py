@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from confrere.record.run import Run
 from confrere.verdicts import NOTE, headline
 
 Notify = Callable[[dict[str, Any]], None]
+RESUME = "resume: confrere coordinator KIT --out RUN"
 
 
 class Remote:
@@ -57,47 +59,93 @@ class Remote:
         ]
 
 
-def conduct(
-    experiment: Experiment, out: Path, names: Collection[str], sites: Sites, status: Status, notify: Notify
-) -> None:
-    """Run an experiment over the sites ``names`` into ``out``; continue what an earlier call left unfinished.
+@dataclass(frozen=True, kw_only=True)
+class Lead:
+    """A coordinator's run.
 
-    Raises:
-        RunError: a site is missing at the start, differs from the others, or ``out`` is of another experiment.
-        PolicyError: a site's policy forbids the experiment.
+    Args:
+        out: its directory. sites: carries frames. status: told what is being done. notify: called with every event.
+        roster: public identity (32 bytes) of every site that takes part.
     """
-    run = Run(out)
-    with run.lock():
-        job = {"protocol": PROTOCOL, "job": _job(out), "part": "", "experiment": as_sent(experiment)}
-        status.phase("waiting")
-        described = describe(sites, names, job, status)
-        federation = gathered(experiment, described, out)
-        torch.set_num_threads(experiment.threads or cores())
-        begin(out, experiment, federation, accept_drift=False)
-        notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
+
+    out: Path
+    roster: Mapping[str, bytes]
+    sites: Sites
+    status: Status
+    notify: Notify = lambda event: None
+
+    def conduct(self, experiment: Experiment) -> None:
+        """Run an experiment over the sites; continue what an earlier call left unfinished.
+
+        Raises:
+            RunError: a site is missing at the start, differs from the others, or ``out`` is of another experiment.
+            PolicyError: a site's policy forbids the experiment.
+        """
+        run = Run(self.out)
+        with run.lock():
+            job = {"protocol": PROTOCOL, "job": _job(self.out), "part": "", "experiment": as_sent(experiment)}
+            self.status.phase("waiting")
+            described = describe(self.sites, list(self.roster), job, self.status)
+            federation = gathered(experiment, described, self.out)
+            torch.set_num_threads(experiment.threads or cores())
+            begin(self.out, experiment, federation, accept_drift=False)
+            self.notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
+            for part in trainings(self.out, experiment):
+                if not (part / "results.json").exists():
+                    name = "" if part == self.out else part.name
+                    own = experiment.for_method(name) if name else experiment
+                    self._train(own, federation, part, Remote(self.sites, {**job, "part": name}), described)
+            if experiment.other_controls:
+                self.status.phase("examine", method="verdicts")
+                self._verdicts(job)
+            self.status.phase("done")
+
+    def _train(
+        self,
+        experiment: Experiment,
+        federation: Federation,
+        path: Path,
+        transport: Remote,
+        described: Mapping[str, Header],
+    ) -> None:
+        """Train one method, or one control, and let every site take its model home."""
+        method, run = experiment.build_method(), Run(path)
+        self.status.phase("train", method=method.name, round=0, rounds=experiment.rounds)
+        self.notify({"event": "method", "name": method.name, "rounds": experiment.rounds})
+        backbones = load_backbones(experiment, federation)
+        task = Task(experiment=experiment, method=method, federation=federation, backbones=backbones, data={})
+        for name, told in described.items():
+            ours, theirs = task.backbone_of(name).digest, told["backbone"].get("digest")
+            if theirs != ours:
+                what = f"its backbone has the hash {str(theirs)[:12]}, the coordinator's {ours[:12]}"
+                raise RunError(what, where=f"site {name}", fix="install the same weights", code="site-differs")
+
+        def tell(event: dict[str, Any]) -> None:
+            if event["event"] in ("round", "examine"):
+                self.status.phase("train" if event["event"] == "round" else "examine", round=event["round"])
+            self.notify(event)
+
+        def export(results: Mapping[str, Any], chosen: int) -> None:
+            take_home(task, run, self.sites, transport, results, chosen)
+
         weights = {site: float(told["weight"]) for site, told in described.items()}
-        for part in trainings(out, experiment):
-            if not (part / "results.json").exists():
-                name = "" if part == out else part.name
-                own = experiment.for_method(name) if name else experiment
-                method = str(own.method["name"])
-                status.phase("train", method=method, round=0, rounds=own.rounds)
-                notify({"event": "method", "name": method, "rounds": own.rounds})
-                _train(
-                    own,
-                    federation,
-                    part,
-                    Remote(sites, {**job, "part": name}),
-                    sites,
-                    weights,
-                    described,
-                    status,
-                    notify,
-                )
-        if experiment.other_controls:
-            status.phase("examine", method="verdicts")
-            _verdicts(sites, names, job, out)
-        status.phase("done")
+        roster = self.roster if experiment.masked else None
+        lead(task, run, transport, weights, export, str(transport.job["job"]), tell, roster)
+
+    def _verdicts(self, job: Header) -> None:
+        """Collect what every site found when it compared its models on its own test patients; write verdicts.json."""
+        asked: dict[str, tuple[Header, Arrays]] = {name: ({**job, "kind": "verdict"}, {}) for name in self.roster}
+        found: dict[str, Any] = {}
+        for name, answer in sorted(self.sites.ask("verdict", asked).items()):
+            told = {} if isinstance(answer, Failure) else answer[0]
+            if not isinstance(told.get("verdicts"), dict):
+                raise RunError("it gave no verdict", where=f"site {name}", fix=RESUME, code="no-replies")
+            found[name] = told["verdicts"]
+        write_json(self.out / "verdicts.json", {"sites": found, "headline": headline(found), "note": NOTE})
+        said = {"event": "verdicts", "files": {"verdicts.json": file_digest(self.out / "verdicts.json")}}
+        run = Run(self.out)
+        if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
+            run.append(said)
 
 
 def _job(out: Path) -> str:
@@ -141,43 +189,6 @@ def across(experiment: Experiment, classes: Collection[str]) -> tuple[Experiment
     return validate({**values, "controls": kept}), said
 
 
-def _train(
-    experiment: Experiment,
-    federation: Federation,
-    path: Path,
-    transport: Remote,
-    sites: Sites,
-    weights: Mapping[str, float],
-    described: Mapping[str, Header],
-    status: Status,
-    notify: Notify,
-) -> None:
-    backbones = load_backbones(experiment, federation)
-    task = Task(
-        experiment=experiment,
-        method=experiment.build_method(),
-        federation=federation,
-        backbones=backbones,
-        data={},
-    )
-    for name, told in described.items():
-        ours, theirs = task.backbone_of(name).digest, told["backbone"].get("digest")
-        if theirs != ours:
-            what = f"its backbone has the hash {str(theirs)[:12]}, the coordinator's {ours[:12]}"
-            raise RunError(what, where=f"site {name}", fix="install the same weights", code="site-differs")
-    run = Run(path)
-
-    def tell(event: dict[str, Any]) -> None:
-        if event["event"] in ("round", "examine"):
-            status.phase("train" if event["event"] == "round" else "examine", round=event["round"])
-        notify(event)
-
-    def export(results: Mapping[str, Any], chosen: int) -> None:
-        take_home(task, run, sites, transport, results, chosen)
-
-    lead(task, run, transport, weights, export, str(transport.job["job"]), tell)
-
-
 def take_home(task: Task, run: Run, sites: Sites, transport: Remote, results: Mapping[str, Any], chosen: int) -> None:
     """Let every site write its own adapters, and write the general model here, where the method makes one.
 
@@ -195,26 +206,10 @@ def take_home(task: Task, run: Run, sites: Sites, transport: Remote, results: Ma
     for name, answer in sites.ask("export", frames).items():
         failed = answer.reason if isinstance(answer, Failure) else answer[0].get("failure")
         if failed:
-            fix = "resume: confrere coordinator KIT --out RUN"
-            raise RunError(f"it could not export its adapters: {failed}", where=f"site {name}", fix=fix, code="export")
+            what = f"it could not export its adapters: {failed}"
+            raise RunError(what, where=f"site {name}", fix=RESUME, code="export")
     if method.has_general():
         received = method.broadcast(server, "")
         params = method.personal(received, method.init_site(initial(task, "")))
         about = About("general", "general", task.federation.classes, 1.0)
         export_model(run.path / "adapters" / "general", method, task.backbone, params, about)
-
-
-def _verdicts(sites: Sites, names: Collection[str], job: Header, out: Path) -> None:
-    """Collect what every site found when it compared its models on its own test patients, and write verdicts.json."""
-    found: dict[str, Any] = {}
-    for name, answer in sorted(sites.ask("verdict", {n: ({**job, "kind": "verdict"}, {}) for n in names}).items()):
-        told = answer if isinstance(answer, Failure) else answer[0]
-        if isinstance(told, Failure) or not isinstance(told.get("verdicts"), dict):
-            fix = "resume: confrere coordinator KIT --out RUN"
-            raise RunError("it gave no verdict", where=f"site {name}", fix=fix, code="no-replies")
-        found[name] = told["verdicts"]
-    write_json(out / "verdicts.json", {"sites": found, "headline": headline(found), "note": NOTE})
-    said = {"event": "verdicts", "files": {"verdicts.json": file_digest(out / "verdicts.json")}}
-    run = Run(out)
-    if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
-        run.append(said)

@@ -16,14 +16,14 @@ from confrere.method import METHODS, Method, Request, make
 
 TEMPLATE = """\
 # What this site lets happen with its data. The site reads this file before anything is trained and refuses what it
-# does not allow; the coordinator learns only that it refuses, and by which rule. Changing it needs no new kit.
+# does not allow; the coordinator is told the reason. Changing it needs no new kit.
 
 # Methods this site takes part in (`confrere methods` lists them). Without this line: every one.
 # Refusal: policy-method. A method that would need the images themselves is always refused.
 # methods = ["fedopal", "fedit", "local"]
 
-# Groups of numbers that may leave this site; a method's page in docs/methods says which it sends. "shared" is
-# adapter weights, "control" and "choice" steer training, "tier" is adapter weights, "statistics", "probe" and "scores"
+# Groups of numbers that may leave this site; a method's page in docs/methods says which it sends. "shared" and "tier"
+# are adapter weights, "control" sums of gradients, "choice" the number of a model; "statistics", "probe" and "scores"
 # are computed from features of images and are nearer to the data.
 # Refusal: policy-group.
 groups = ["shared"]

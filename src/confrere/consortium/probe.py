@@ -90,6 +90,7 @@ def probe(address: str, port: int, ca: Path, *, timeout: float = 5.0) -> Probe:
     except OSError:  # ssl.SSLError is one
         fix = "ask for a new kit from whoever ran `confrere provision`"
         raise NetworkError("ca.crt is not a certificate", where=str(ca), fix=fix, code="kit-ca") from None
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 has it by itself
     slow = _unknown(where, f"no name server answered within {timeout:g} s")
     places = _within(timeout, lambda: _resolve(address, port), slow)
     found = _within(timeout, lambda: _ask(places, address, port, context, timeout), _timed_out(timeout, where))
@@ -141,7 +142,8 @@ def _ask(places: Sequence[Place], address: str, port: int, context: ssl.SSLConte
             with context.wrap_socket(plain, server_hostname=address) as secured:
                 return _look(secured, address, port)
         except ssl.SSLCertVerificationError as error:
-            raise NetworkError(where=where, **_VERDICTS.get(error.verify_code, _UNTRUSTED)) from None
+            found = _VERDICTS.get(error.verify_code, _UNTRUSTED)
+            raise NetworkError(found["what"], where=where, fix=found["fix"], code=found["code"]) from None
         except TimeoutError:
             raise _timed_out(timeout, where) from None
         except (OSError, http.client.HTTPException) as error:

@@ -72,7 +72,7 @@ def provision(path: Path, out: Path, *, renew: bool = False, revoke: Collection[
             code="kit-exists",
         )
     if revoke:
-        raise _refuse(f"there is no kit of {sorted(revoke)[0]!r} to revoke", str(out), "give the folder of the kits")
+        raise _refusal(f"there is no kit of {sorted(revoke)[0]!r} to revoke", str(out), "give the folder of the kits")
     return _first(wanted, publics, out)
 
 
@@ -104,7 +104,7 @@ def _write(
     authority = _authority(out)
     if authority.consortium != wanted.name:
         what = f"these are the kits of {authority.consortium!r}, the roster's name is {wanted.name!r}"
-        raise _refuse(what, str(out), "choose a new folder, or restore the name")
+        raise _refusal(what, str(out), "choose a new folder, or restore the name")
     expires = _server(wanted, authority, out / "coordinator", renew=renew)
     nodes = out / "coordinator" / "nodes"
     for name in revoke:
@@ -156,37 +156,43 @@ def _server(wanted: Roster, authority: Authority, folder: Path, *, renew: bool) 
         until = now() + timedelta(days=wanted.valid_days)
         if until > last:
             what = f"the authority ends on {last:%Y-%m-%d}, before {wanted.valid_days} days are over"
-            raise _refuse(what, str(folder.parent), "provision a new consortium into a new folder")
+            raise _refusal(what, str(folder.parent), "provision a new consortium into a new folder")
         key, certificate = new_server(authority, wanted.address, until)
         write_bytes(folder / "server.key", key)
         write_bytes(folder / "server.crt", certificate)
     found = kit.certificate(folder, "server.crt")
     if not covers(found, wanted.address):
         what = f"the server's certificate is not for {wanted.address}, the roster's address"
-        raise _refuse(what, str(folder), "add --renew, and hand over all kits again")
+        raise _refusal(what, str(folder), "add --renew, and hand over all kits again")
     if found.not_valid_after_utc <= now():
         what = f"the server's certificate ended on {found.not_valid_after_utc:%Y-%m-%d}"
-        raise _refuse(what, str(folder), "add --renew, and hand over all kits again")
+        raise _refusal(what, str(folder), "add --renew, and hand over all kits again")
     return found.not_valid_after_utc
 
 
 def _member(site: Entrant, own: Member | None, folder: Path) -> Member:
-    """Return what everyone will know of a site; make its keys where it has none."""
+    """Return what everyone will know of a site; make its keys where it has none.
+
+    Of keys that were handed over and deleted here the public halves are enough.
+    """
     if not (folder / "policy.toml").exists():  # the site's own from then on
         write_bytes(folder / "policy.toml", TEMPLATE.encode())
     if own is not None:
-        for name in ("node.key", "node.pub", "identity.key"):
+        for name in ("node.key", "node.pub", "identity.key", "identity.pub"):
             (folder / name).unlink(missing_ok=True)
         return own
-    if not (folder / "node.key").exists():
-        private, public = keys.new_node_key()
-        write_bytes(folder / "node.pub", f"{public} {site.name}\n".encode())
-        write_bytes(folder / "node.key", private)
-    if not (folder / "identity.key").exists():
-        write_bytes(folder / "identity.key", keys.new_identity_key()[0])
+    for name, make in (("node", keys.new_node_key), ("identity", keys.new_identity_key)):
+        if not (folder / f"{name}.key").exists() and not (folder / f"{name}.pub").exists():
+            write_bytes(folder / f"{name}.key", make())  # before the public half, without which it is read again
     try:
-        node = keys.node_public(kit.file(folder, "node.key"))
-        identity = keys.identity_public(kit.file(folder, "identity.key"))
+        if (folder / "node.key").exists():
+            public = keys.node_public(kit.file(folder, "node.key"))
+            write_bytes(folder / "node.pub", f"{public} {site.name}\n".encode())
+        if (folder / "identity.key").exists():
+            public = keys.identity_public(kit.file(folder, "identity.key"))
+            write_bytes(folder / "identity.pub", keys.identity_pem(public))
+        node = keys.parse_node_public(kit.file(folder, "node.pub"))
+        identity = keys.parse_identity_public(kit.file(folder, "identity.pub"))
     except ValueError as error:
         fix = f"restore it, or make new keys: --revoke {site.name}"
         raise NetworkError(f"a key holds {error}", where=str(folder), fix=fix, code="kit-key") from None
@@ -217,7 +223,8 @@ def _check_known(wanted: Roster, publics: Mapping[str, Member | None], out: Path
     there = {folder.name for folder in (out / "sites").iterdir()} if (out / "sites").is_dir() else set()
     for name in sorted(revoke):
         if name not in there:
-            raise _refuse(f"there is no kit of {name!r} to revoke", str(out), "give the name of a site of this folder")
+            fix = "give the name of a site of this folder; one whose keys are gone already needs no --revoke"
+            raise _refusal(f"there is no kit of {name!r} to revoke", str(out), fix)
         own, file = publics.get(name), out / "coordinator" / "nodes" / f"{name}.pub"
         if own is not None and file.exists() and file.read_bytes().startswith(own.node.encode()):
             what, fix = f"the roster still gives the key of {name} that is to be revoked", "let the site make a new one"
@@ -225,7 +232,7 @@ def _check_known(wanted: Roster, publics: Mapping[str, Member | None], out: Path
     lost = sorted(there - set(revoke) - {site.name for site in wanted.sites})
     if lost:
         what, fix = f"the roster does not name {lost[0]!r}, which has a kit", f"restore it, or give --revoke {lost[0]}"
-        raise _refuse(what, str(out), fix)
+        raise _refusal(what, str(out), fix)
 
 
 def _check_unique(members: Mapping[str, Member], where: str) -> None:
@@ -246,5 +253,5 @@ def _delete(folder: Path) -> None:
         raise RunError(what, where=str(folder), fix=fix, code="cannot-write") from None
 
 
-def _refuse(what: str, where: str, fix: str) -> ConfigError:
+def _refusal(what: str, where: str, fix: str) -> ConfigError:
     return ConfigError(what, where=where, fix=fix, code="provision")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from confrere.errors import UpdateRefusedError
 from confrere.federation.transport import Failure
 from confrere.method import Reply, Request
 from confrere.tensors import State, digest, flatten, unflatten
+
+KINDS = get_args(get_type_hints(Request)["kind"])
 
 
 def to_arrays(state: State) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -28,7 +30,7 @@ def to_state(header: Mapping[str, Any], arrays: Arrays) -> dict[str, dict[str, t
         UpdateRefusedError: a name has no group, a group is not announced, or the digest is another one.
     """
     groups = header.get("groups", [])
-    announced = isinstance(groups, Sequence) and all(isinstance(group, str) for group in groups)
+    announced = isinstance(groups, list) and all(isinstance(group, str) for group in groups)
     if not announced or not all(name.partition("/")[0] in groups and "/" in name for name in arrays):
         raise UpdateRefusedError(
             "a message holds tensors of a group it does not announce", fix="use the same version", code="message-form"
@@ -50,14 +52,11 @@ def ask(request: Request) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def asked(header: Mapping[str, Any], arrays: Arrays) -> Request:
     """Return the request of a frame; UpdateRefusedError when it is none."""
-    state = to_state(header, arrays)
-    round_, kind = header.get("round"), header.get("kind")
-    split, model = header.get("split"), header.get("model")
-    if type(round_) is not int or round_ < 0 or split not in ("val", "test") or not isinstance(kind, str):
+    round_, kind, split, model = (header.get(key) for key in ("round", "kind", "split", "model"))
+    listed = kind in KINDS and split in ("val", "test") and model in ("personalised", "general")
+    if type(round_) is not int or round_ < 0 or not listed:
         raise UpdateRefusedError("a request is not understood", fix="use the same version", code="message-form")
-    if model not in ("personalised", "general"):
-        raise UpdateRefusedError("a request is not understood", fix="use the same version", code="message-form")
-    run = str(header.get("run", ""))
+    run, state = str(header.get("run", "")), to_state(header, arrays)
     return Request(kind=kind, round=round_, run=run, state=state, split=split, model=model)  # type: ignore[arg-type]
 
 

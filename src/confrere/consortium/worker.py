@@ -22,10 +22,12 @@ from confrere.config import Experiment, override, validate
 from confrere.consortium import states
 from confrere.consortium.frame import PROTOCOL, Arrays
 from confrere.consortium.kit import Kit
-from confrere.consortium.policy import Policy, check
+from confrere.consortium.policy import Policy, check, check_request
 from confrere.data.federation import Federation, load_federation
 from confrere.errors import ConfigError, ConfrereError, PolicyError, TrainingError, UpdateRefusedError
 from confrere.export import About, export_model
+from confrere.federation.secure.keys import Identity
+from confrere.federation.secure.participant import Participant
 from confrere.federation.site import Site
 from confrere.job import Task, make_site, prepare, threads
 from confrere.prefix import cache_dir
@@ -106,8 +108,10 @@ class Worker:
             return self._export(job / part, task, site, header, arrays), {}
         if kind == "verdict":
             return {"verdicts": self._verdicts(job, experiment)}, {}
+        request = states.asked(header, arrays)
+        check_request(self.policy, request)
         torch.set_num_threads(threads(experiment, task.federation))
-        return states.answer(site.handle(states.asked(header, arrays)))
+        return states.answer(site.handle(request))
 
     def _job(self, header: Mapping[str, Any]) -> tuple[Path, str, Experiment]:
         """Return directory, part and experiment of a request; the experiment of a job never changes.
@@ -157,9 +161,19 @@ class Worker:
             federation = self._federation(job, experiment)
             task = prepare(experiment, federation, self.notify)
             site = make_site(task, self.site, Run(job / part))
+            if experiment.masked:
+                site.secure = self._participant(experiment, job / part)
             check(self.policy, experiment, examples=len(site.data.rows("train")))
             self._open = job.name, part, task, site
         return self._open[2:]
+
+    def _participant(self, experiment: Experiment, path: Path) -> Participant:
+        """Return what masks this site's updates, known to the others by the key in its kit."""
+        pem, choice = self.kit.folder / "identity.key", experiment.secure
+        identity = Identity.load(pem.read_bytes(), where=str(pem))
+        own = path / "sites" / self.site
+        roster = self.kit.identities
+        return Participant(self.site, identity, roster, threshold=choice.threshold, clip=choice.clip, folder=own)
 
     def _federation(self, job: Path, experiment: Experiment) -> Federation:
         size = experiment.data.image_size or default_size(experiment.backbone.name, experiment.backbone.image_size)

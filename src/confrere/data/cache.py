@@ -1,7 +1,8 @@
 """Decoded pixels on disk: each registered file is decoded once, later runs map the array into memory.
 
 An entry is ``<key>.npy`` (N, H, W, 3) uint8 with a JSON file beside it. The key covers the files' hashes and
-all that decides their pixels, so an entry is never out of date; it holds no file names.
+all that decides their pixels, so an entry is never out of date; it holds no file names. A CRC-32 over pixels and facts
+is compared whenever an entry is opened.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ def decoded(cache: Path, files: Mapping[str, Path], size: tuple[int, int], *, ma
     digests = sorted(files)
     head = f"{DECODER}|{size[0]}x{size[1]}|{max_pixels}|"
     key = hashlib.sha256((head + "|".join(digests)).encode()).hexdigest()
-    found = _load(cache, key)
+    found = _load(cache, key, digests)
     if found is not None:
         return found
     try:
         with one_maker(cache):
-            found = _load(cache, key)  # another process may have made it meanwhile
+            found = _load(cache, key, digests)  # another process may have made it meanwhile
             if found is not None:
                 return found
             _write(cache, key, [(digest, files[digest]) for digest in digests], size, max_pixels)
@@ -85,13 +86,13 @@ def decoded(cache: Path, files: Mapping[str, Path], size: tuple[int, int], *, ma
             fix=f"free {megabytes:.0f} MB there, or choose another cache folder",
             code="cache",
         ) from error
-    fresh = _load(cache, key, made=True)
+    fresh = _load(cache, key, digests, made=True)
     if fresh is None:
         raise DataError("the image cache changed while it was written", where=str(cache), fix="run again", code="cache")
     return fresh
 
 
-def _load(cache: Path, key: str, *, made: bool = False) -> Entry | None:
+def _load(cache: Path, key: str, digests: Sequence[str], *, made: bool = False) -> Entry | None:
     """Return a whole entry, or None when it is absent or damaged (it is then written anew).
 
     One that lacks a file for a passing reason serves only the process that ``made`` it.
@@ -100,8 +101,9 @@ def _load(cache: Path, key: str, *, made: bool = False) -> Entry | None:
         meta = intake.parse_json(intake.read_bytes(cache / f"{key}.json", intake.MOST_JSON))
         images = Mapped(cache / f"{key}.npy")
         facts = tuple(Fact(**(fact | {k: tuple(fact[k]) for k in ("mean", "square")})) for fact in meta["facts"])
-        whole = images.shape[0] == len(facts) and _checksum(images[:]) == meta["crc32"]
         bad = {str(digest): str(reason) for digest, reason in meta["bad"].items()}
+        whole = images.shape[0] == len(facts) and sorted([*(fact.digest for fact in facts), *bad]) == digests
+        whole &= _with_facts(_checksum(images[:]), meta["facts"], bad) == meta["crc32"]
         whole &= made or not _PASSING & set(bad.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         return None
@@ -113,6 +115,10 @@ def _checksum(images: NDArray[np.uint8]) -> int:
     for start in range(0, len(images), _BATCH):
         crc = zlib.crc32(np.ascontiguousarray(images[start : start + _BATCH]).data, crc)
     return crc
+
+
+def _with_facts(crc: int, facts: Sequence[Mapping[str, Any]], bad: Mapping[str, str]) -> int:
+    return zlib.crc32(json.dumps([facts, bad]).encode(), crc)
 
 
 def _write(cache: Path, key: str, files: Sequence[tuple[str, Path]], size: tuple[int, int], limit: int) -> None:
@@ -141,7 +147,8 @@ def _write(cache: Path, key: str, files: Sequence[tuple[str, Path]], size: tuple
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    meta = {"facts": [asdict(fact) for fact in facts], "bad": bad, "crc32": crc}
+    said = [asdict(fact) for fact in facts]
+    meta = {"facts": said, "bad": bad, "crc32": _with_facts(crc, said, bad)}
     write_atomically(cache / f"{key}.json", json.dumps(meta))
 
 

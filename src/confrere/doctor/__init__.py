@@ -24,11 +24,16 @@ from confrere.fingerprint import stored_experiment
 __all__ = ["Finding", "examine", "sort_out", "summary", "verdict"]
 
 
-def sort_out(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Return PATH, if one is given, and overrides: what exists is a path, else what holds an equals sign is none."""
+def sort_out(arguments: Sequence[str], *, kit: bool = False) -> tuple[Path | None, list[str]]:
+    """Return PATH, if one is given, and overrides: what exists is a path, else what holds an equals sign is none.
+
+    ``kit``: data come with ``--data`` instead of PATH.
+    """
     paths = [one for one in arguments if Path(one).exists() or "=" not in one]
     overrides = [one for one in arguments if one not in paths]
-    if len(paths) > 1 or (overrides and not paths):
+    if kit and paths:
+        raise ConfigError("PATH does not go with --site", where=paths[0], fix="confrere doctor --site KIT --data PATH")
+    if len(paths) > 1 or (overrides and not paths and not kit):
         what = "more than one path is given" if paths else "overrides need data"
         raise ConfigError(what, fix="confrere doctor [PATH] [key.path=value ...]")
     return Path(paths[0]) if paths else None, overrides

@@ -49,13 +49,14 @@ def _python() -> Finding:
 def _packages() -> list[Finding]:
     """Return one finding a package that is missing or too old, else one for all."""
     needed = requirements()
-    wrong = [fault for one in needed if (fault := _fault(one))]
+    wrong = [found for one in needed if (found := fault(one))]
     if wrong:
         return [Finding("error", "packages", what, fix=fix, exit_code=8) for what, fix in wrong]
     return [Finding("ok", "packages", f"{len(needed)} are there and new enough, torch {metadata.version('torch')}")]
 
 
-def _fault(one: Requirement) -> tuple[str, str] | None:
+def fault(one: Requirement) -> tuple[str, str] | None:
+    """Return what is wrong with an installed package, and the fix; None where it is there and new enough."""
     try:
         have = metadata.version(one.name)
     except metadata.PackageNotFoundError:
@@ -73,10 +74,10 @@ def _extras(experiment: Experiment | None) -> list[Finding]:
     found = []
     for use, (needed_for, needed) in uses.items():
         for one in needed:
-            fault = _fault(one)
-            if fault:
+            wrong = fault(one)
+            if wrong:
                 missing = MissingExtraError(one.name, use.split()[0], needed_for=needed_for)
-                found.append(Finding("error", "extras", f"{needed_for}: {fault[0]}", fix=missing.fix, exit_code=8))
+                found.append(Finding("error", "extras", f"{needed_for}: {wrong[0]}", fix=missing.fix, exit_code=8))
     return found or [Finding("ok", "extras", " and ".join(needed_for for needed_for, _ in uses.values()))]
 
 

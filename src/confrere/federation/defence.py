@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from confrere.adapters.gauge import canonical
 from confrere.errors import UpdateRefusedError
+from confrere.federation.gate import Gate
 from confrere.federation.robust import robust
-from confrere.federation.transport import Failure
+from confrere.federation.transport import Failure, Transport
 from confrere.method import Method, Reply, Request
 from confrere.tensors import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What came of a round's requests.
+
+    Args:
+        requests: all that each site was sent in this round.
+        answers: as they came, at first.
+        replies: those that count, sorted by site.
+        failures: of sites, or of the server.
+        total: where the server sees only a sum: the one reply the method shall see instead of ``replies``.
+        record: what the journal's round says besides.
+        lost: whether sound answers came, but too few to show anything of them.
+    """
+
+    requests: Mapping[str, Request]
+    answers: Sequence[Reply | Failure]
+    replies: list[Reply]
+    failures: list[Failure]
+    total: Reply | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+    lost: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +45,12 @@ class Defence:
     rule: str = "mean"
     byzantine: int = 0
     canonical: bool = False
+
+    def collect(self, transport: Transport, requests: Mapping[str, Request], gate: Gate) -> Collected:
+        """Send each site its request and let what comes back pass the gate."""
+        answers = transport.exchange(requests)
+        replies, failures = gate.admit(requests, answers)
+        return Collected(requests=requests, answers=answers, replies=replies, failures=failures)
 
     def __call__(
         self, received: Mapping[str, State], replies: Sequence[Reply]
@@ -56,12 +87,16 @@ def combine(
     replies: Sequence[Reply],
     defence: Defence,
     needed: int,
+    total: Reply | None = None,
 ) -> tuple[State | None, list[Failure]]:
     """Return the server's new state from replies sorted by site, and whom the defence left out.
 
-    None instead of a state: fewer than ``needed`` replies came or are left.
+    None instead of a state: fewer than ``needed`` replies came or are left. ``total`` stands for all replies where only
+    their sum is known.
     """
     if len(replies) < max(1, needed):
         return None, []
+    if total is not None:
+        return method.aggregate(server, [total]), []
     left, failures = defence({reply.site: requests[reply.site].state for reply in replies}, replies)
     return (method.aggregate(server, left) if len(left) >= max(1, needed) else None), failures

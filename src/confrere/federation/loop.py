@@ -117,17 +117,17 @@ def one_round(
     """
     started = time.perf_counter()
     round_ = next(iter(requests.values())).round
-    answers = transport.exchange(requests)
-    replies, failures = gate.admit(requests, answers)
-    if not replies and len(requests) == len(willing_sites(transport, plan)):
+    came = defence.collect(transport, requests, gate)
+    replies, failures = came.replies, came.failures
+    if not replies and not came.lost and len(requests) == len(willing_sites(transport, plan)):
         raise RunError(
             f"0 of {len(requests)} sites answered: " + "; ".join(f"{f.site}: {f.reason}" for f in failures),
             where=f"round {round_}",
             fix="; ".join(dict.fromkeys(f.fix for f in failures if f.fix)),
             code="no-replies",
         )
-    updated, left_out = combine(method, server, requests, replies, defence, plan.min_replies)
-    failures += left_out
+    updated, left_out = combine(method, server, requests, replies, defence, plan.min_replies, came.total)
+    failures = [*failures, *left_out]
     missing = ""
     if updated is None:
         left = len(replies) - len(left_out)
@@ -146,9 +146,10 @@ def one_round(
             "seconds": round(time.perf_counter() - started, 3),
             "server": digest(updated),
             "averaged": not missing,
-            "sites": {r.site: site_record(requests[r.site], r) for r in replies},
-            "refused": refused_records(answers, requests, replies),
+            "sites": {r.site: site_record(came.requests[r.site], r) for r in replies},
+            "refused": refused_records(came.answers, requests, replies),
             "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after),
+            **came.record,
         }
     )
     return updated, events

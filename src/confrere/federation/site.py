@@ -16,6 +16,7 @@ from confrere.backbones import Backbone
 from confrere.errors import UpdateRefusedError
 from confrere.federation.diagnostics import adapter_overlap
 from confrere.federation.examine import examine
+from confrere.federation.secure.participant import Participant
 from confrere.learner import Learner, TrainSettings, predict, refuse_infinite
 from confrere.method import Method, Reply, Request
 from confrere.metrics.classification import confidence, score
@@ -35,6 +36,7 @@ class Site:
             needed, so that an idle site takes no memory.
         keep: called with the name of the model and its test predictions, which stay with the site.
         val_limit: at most so many validation images judge a round (a fixed subset); None for all.
+        secure: masks every update; None sends it in the clear.
     """
 
     name: str
@@ -49,11 +51,19 @@ class Site:
     weight: float = 1.0
     keep: Callable[[str, Tensors], None] | None = None
     val_limit: int | None = None
+    secure: Participant | None = None
     _predicted: dict[bytes, tuple[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def handle(self, request: Request) -> Reply:
         """Answer one request; the only way in, for the simulator and for a deployed client alike."""
-        return self._train(request) if request.kind == "train" else self._evaluate(request)
+        if request.kind == "evaluate":
+            return self._evaluate(request)
+        if self.secure is not None:
+            return self.secure.handle(request, self.method, self._train)
+        if request.kind != "train":
+            what, fix = "masked updates were asked for, this site knows no masks", "set secure.aggregation at the site"
+            raise UpdateRefusedError(what, where=f"site {self.name}", fix=fix, code="secure-off")
+        return self._train(request)
 
     def _train(self, request: Request) -> Reply:
         stored = self.store.reply(request.round)

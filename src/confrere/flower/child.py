@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -62,7 +63,20 @@ def main() -> None:
         refuse_sent_code(Path(os.environ["FLWR_HOME"]))
     (script,) = entry_points(group="console_scripts", name=command)
     sys.argv = [command, *arguments]
-    script.load()()
+    if command != "flower-supernode":
+        script.load()()
+        return
+    code = 1
+    try:
+        script.load()()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except Exception:
+        traceback.print_exc()
+    finally:  # a SuperNode that gave up leaves a thread which never ends: whoever waits for it would wait for ever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def coordinator(
     from confrere.consortium.kit import load
     from confrere.flower.lead import lead
 
-    how: dict[str, Any] = {"host": host, "deadline": deadline, "patience": patience, "watch": watch}
+    how: dict[str, Any] = {"host": host, "deadline": deadline, "patience": patience, "watch": watch, "log": log}
     known = load(kit, "coordinator")
-    headline = lead(known, out, config, overrides or [], notify=_teller(log, quiet=quiet), **how)
+    headline = lead(known, out, config, overrides or [], notify=_teller(None, quiet=quiet), **how)
     if headline and not quiet:
         typer.echo(headline)
 

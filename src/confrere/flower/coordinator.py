@@ -63,11 +63,15 @@ class Coordinator:
     """The processes of a coordinator, as a context: they start on entering and end on leaving.
 
     Args:
-        kit: the coordinator's. host: where hospitals reach the front. notify: called with events, for a log.
+        kit: the coordinator's.
+        host: where hospitals reach the front.
+        log_file: the run's structured log, see :mod:`confrere.watch.log`.
+        notify: called with what happens beside the run.
     """
 
     kit: Kit
     host: str = "0.0.0.0"
+    log_file: Path | None = None
     notify: Notify = lambda event: None
     _link: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
@@ -82,16 +86,16 @@ class Coordinator:
         try:
             self.nodes = self._registered()
             names = {_as_sent(member.node): site for site, member in self.kit.sites.items()}
-            front = Front(f"https://{self._address}", self._ca, names, self.notify)
+            front = Front(f"https://{self._address}", self._ca, names, self.notify, self._revoked() - names.keys())
             certificate, key = self.kit.folder / "server.crt", self.kit.folder / "server.key"
-            self._front = serve(front, self.host, self.kit.port, certificate, key)
+            self._close = serve(front, self.host, self.kit.port, certificate, key)
         except BaseException:
             self._stop_link()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._front.should_exit = True
+        self._close()
         self._stop_link()
 
     def _start_link(self) -> None:
@@ -127,6 +131,7 @@ class Coordinator:
         for site, entry in list(known.items()):
             if site not in self.kit.sites or entry["key"] != self.kit.sites[site].node:
                 flwr(["supernode", "unregister", str(entry["node"]), "here"], self.env)
+                write_json(self.home / "revoked.json", {"keys": sorted({*self._revoked(), _as_sent(entry["key"])})})
                 del known[site]
                 write_json(self.home / "nodes.json", known)
         for site, member in sorted(self.kit.sites.items()):
@@ -138,6 +143,11 @@ class Coordinator:
                 write_json(self.home / "nodes.json", known)
                 self.notify({"event": "registered", "site": site})
         return {site: int(entry["node"]) for site, entry in known.items()}
+
+    def _revoked(self) -> frozenset[str]:
+        """Return the keys that were struck off, as nodes send them."""
+        file = self.home / "revoked.json"
+        return frozenset(read_json(file)["keys"]) if file.exists() else frozenset()
 
     def conduct(
         self, experiment: Experiment, out: Path, begun: Callable[[], None], *, deadline: float, patience: float
@@ -155,6 +165,8 @@ class Coordinator:
             "run": token,
             "consortium": self.kit.consortium,
             "nodes": self.nodes,
+            "identities": {site: identity.hex() for site, identity in self.kit.identities.items()},
+            "log": str(self.log_file.resolve()) if self.log_file else "",
             "experiment": str((self.home / "experiment.toml").resolve()),
             "deadline": deadline,
             "patience": patience,

@@ -86,7 +86,7 @@ class GridSites:
         self._status.waiting(())
         for site in set(frames) - answers.keys():
             what, fix = f"no answer within {self._deadline:g} s", "is the site running? `confrere status` tells"
-            answers[site] = Failure(site, what, fix, "no-answer")
+            answers[site] = Failure(site, what, fix, code="no-answer")
         return answers
 
     def _send(self, kind: str, site: str, sent: tuple[Header, Arrays]) -> str:

@@ -25,6 +25,7 @@ def lead(
     deadline: float,
     patience: float,
     watch: int,
+    log: Path | None,
     notify: Notify,
 ) -> str:
     """Run an experiment across the sites of a kit into ``out``, or go on with the one there; return the headline."""
@@ -37,9 +38,9 @@ def lead(
         if watch:
             from confrere.watch.serve import start
 
-            notify({"event": "watch", "reason": start(out, port=watch).url})
+            notify({"event": "watch", "reason": start(out, port=watch).address})
 
-    with Coordinator(kit=kit, host=host, notify=notify) as processes:
+    with Coordinator(kit=kit, host=host, log_file=log, notify=notify) as processes:
         verdicts = processes.conduct(experiment, out, begun, deadline=deadline, patience=patience)
     notify({"event": "report", "reason": str(write_report(out))})
     return str(verdicts.get("headline", ""))

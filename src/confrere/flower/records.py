@@ -24,7 +24,7 @@ def to_content(header: Mapping[str, Any], arrays: Arrays) -> RecordDict:
     metrics = header.get("metrics")
     examples = metrics.get("examples") if isinstance(metrics, dict) else None
     records: dict[str, Any] = {"header": ConfigRecord({"json": json.dumps(header, sort_keys=True, allow_nan=False)})}
-    records["arrays"] = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in arrays.items()})
+    records["arrays"] = ArrayRecord({name: Array(np.asarray(value, order="C")) for name, value in arrays.items()})
     if isinstance(examples, int):
         records["metrics"] = MetricRecord({"num-examples": examples})
     return RecordDict(records)

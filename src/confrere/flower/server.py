@@ -11,11 +11,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from confrere.config import read, validate
-from confrere.consortium.lead import conduct
+from confrere.consortium.lead import Lead
 from confrere.consortium.status import Status
 from confrere.errors import ConfrereError, printable
 from confrere.flower.grid import GridSites
 from confrere.record.files import read_json
+from confrere.watch.log import Log
 
 app = ServerApp()
 
@@ -28,8 +29,11 @@ def main(grid: Grid, context: Context) -> None:
     status = Status(out / "status.json", str(settings["consortium"]), nodes)
     status.phase("waiting", process=os.getpid(), run=settings["run"])
     sites = GridSites(grid, nodes, status, deadline=settings["deadline"], patience=settings["patience"])
+    roster = {site: bytes.fromhex(identity) for site, identity in settings["identities"].items()}
+    notify = Log(Path(settings["log"])) if settings["log"] else _silent
     try:
-        conduct(validate(read(Path(settings["experiment"]))), out, list(nodes), sites, status, _notify)
+        lead = Lead(out=out, roster=roster, sites=sites, status=status, notify=notify)
+        lead.conduct(validate(read(Path(settings["experiment"]))))
     except ConfrereError as error:
         failure: dict[str, Any] = {"what": error.what, "where": error.where, "fix": error.fix, "code": error.code}
         status.phase("failed", error=printable(error.reason), failure={**failure, "exit_code": error.exit_code})
@@ -42,5 +46,5 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _notify(event: dict[str, Any]) -> None:
-    """Say nothing here: the journal and status.json are what the coordinator reads."""
+def _silent(event: dict[str, Any]) -> None:
+    """Say nothing: the journal and status.json are what the coordinator reads."""

@@ -19,12 +19,6 @@ from confrere.consortium.worker import Worker
 from confrere.errors import NetworkError, UpdateRefusedError
 from confrere.flower.processes import environment, free_port, lost, start, stop
 
-REFUSALS = {
-    "[2001]": ("the coordinator wants a key and none was sent", "node-key"),
-    "[2004]": ("the coordinator does not know this site's key, or it is in use already", "node-refused"),
-    "[2005]": ("the coordinator does not accept this site's key", "node-refused"),
-}
-"""What a SuperNode prints when it is turned away -> what it means, and the code."""
 TRIES = 3
 """A SuperNode makes so many attempts to connect before it ends; then we look why, and start it again."""
 Notify = Callable[[dict[str, Any]], None]
@@ -124,8 +118,23 @@ def _one_connection(kit: Kit, env: dict[str, str], log: Path, notify: Notify) ->
     finally:
         stop(process)
     said = log.read_bytes()[before:].decode("utf-8", "replace")
-    for mark, (what, code) in REFUSALS.items():
-        if mark in said:
-            fix = "the coordinator must have this site in its kit; no second process may use this kit"
-            raise NetworkError(what, where=f"site {kit.site}", fix=fix, code=code)
-    raise lost("flower-supernode", log)
+    raise refusal(said, kit.site) or lost("flower-supernode", log)
+
+
+def refusal(said: str, site: str) -> NetworkError | None:
+    """Return the error that a SuperNode's output tells of: the coordinator turned it away; None for any other end."""
+    where = f"site {site}"
+    if "[code: 2001]" in said:
+        what, fix = "the coordinator wants a key and none was sent", "start this site with `confrere site KIT`"
+        return NetworkError(what, where=where, fix=fix, code="node-key")
+    if "[code: 2004]" in said:
+        what = "the coordinator does not know this site's key, or another process uses it"
+        fix = "start no second process with this kit; else the coordinator needs a kit that holds this site"
+        return NetworkError(what, where=where, fix=fix, code="node-refused")
+    if "409 Conflict" in said:  # this and the next are the front's
+        what, fix = "another process with this site's kit is connected", "find it; if nobody knows it, revoke the key"
+        return NetworkError(what, where=where, fix=fix, code="site-twice")
+    if "410 Gone" in said:
+        what, fix = "the coordinator has struck off this site's key", "ask for a new kit"
+        return NetworkError(what, where=where, fix=fix, code="node-revoked")
+    return None

@@ -105,21 +105,25 @@ def as_json(value: Any) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, as the journal holds it."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of an ordinary file's bytes, as the journal holds it; OSError when it cannot be read."""
+    with intake.open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Fields(dict[str, Any]):
-    """A JSON object of a file: a key that is asked for and not there is a RunError that names the file."""
+    """A JSON object of a file: a key that is asked for and not there is a RunError that names the file.
+
+    Attributes:
+        where: the file, and the line where it is one of many.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         super().__init__(values)
-        self._where = where
+        self.where = where
 
     def __missing__(self, key: str) -> Any:
         raise RunError(
-            f"a file of the run lacks {key!r}", where=self._where, fix="restore it, or start a new run", code="run-file"
+            f"a file of the run lacks {key!r}", where=self.where, fix="restore it, or start a new run", code="run-file"
         )
 
 

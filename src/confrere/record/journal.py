@@ -12,13 +12,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from confrere import intake
 from confrere.errors import RunError
-from confrere.record.files import fields
+from confrere.record.files import Fields, fields
 
 Event = dict[str, Any]
+AnyEvent = TypeVar("AnyEvent", bound=Event)
 START = hashlib.sha256(b"confrere journal 1").hexdigest()
 """What stands in for the hash before the first line."""
 _SEAL = re.compile(rb', "hash": "([0-9a-f]{64})"\}')
@@ -44,13 +45,15 @@ def seal(events: Iterable[Event], seq: int, head: str) -> tuple[bytes, str]:
     return lines, head
 
 
-def parse(content: bytes, where: str) -> tuple[list[Event], str]:
+def parse(content: bytes, where: str) -> tuple[list[Fields], str]:
     """Return the events of a journal and its head; a last line without its line end (a torn write) is left out.
+
+    Each event's ``where`` names its line.
 
     Raises:
         RunError: naming the first line that is damaged, changed, missing or out of place.
     """
-    events: list[Event] = []
+    events: list[Fields] = []
     head = START
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         body, sealed = line[:-_SEAL_BYTES], _SEAL.fullmatch(line[-_SEAL_BYTES:])
@@ -78,14 +81,14 @@ def content(path: Path) -> bytes:
     return found[: found.rfind(b"\n") + 1]
 
 
-def read(path: Path) -> tuple[list[Event], str]:
+def read(path: Path) -> tuple[list[Fields], str]:
     """Return the events of a journal file and its head; RunError as :func:`parse`, or when it cannot be read."""
     return parse(content(path), str(path))
 
 
-def standing(events: Iterable[Event]) -> list[Event]:
+def standing(events: Iterable[AnyEvent]) -> list[AnyEvent]:
     """Return the events that count: not those of rounds that a ``fallback`` undid, or that a ``begin`` begins anew."""
-    kept: list[Event] = []
+    kept: list[AnyEvent] = []
     newest = 0
     for event in events:
         last = {"fallback": event.get("to"), "begin": event.get("round", 0) - 1}.get(event["event"])
@@ -118,7 +121,10 @@ def _event(text: bytes) -> Event | None:
         return None
     if not isinstance(found, dict) or not all(isinstance(found.get(key, 0), int) for key in ("round", "to")):
         return None
-    if not all(isinstance(found.get(key, {}), dict) for key in ("sites", "requests", "refused", "files")):
+    if not all(isinstance(found.get(key, {}), dict) for key in ("sites", "requests", "refused", "files", "secure")):
+        return None
+    records = [*found.get("sites", {}).values(), *found.get("refused", {}).values()]
+    if found.get("event") == "round" and not all(isinstance(record, dict) for record in records):
         return None
     return found if isinstance(found.get("event"), str) else None
 

@@ -136,6 +136,7 @@ class Run:
         """
         last = max(rounds)
         _delete(self.path / "server", set(rounds), last)
+        _delete(self.path / "sums", set(rounds), last)  # of secure aggregation
         for folder in (self.path / "sites").glob("*"):
             written = rounds_in(folder)
             _delete(folder, {max((r for r in written if r <= kept), default=0) for kept in rounds}, last)

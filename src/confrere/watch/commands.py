@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
     from confrere.watch.state import SiteState, State
 
+StalledAfter = Annotated[float, typer.Option(help="seconds without a sign of life", min=1)]
 Run = Annotated[Path, typer.Argument(help="directory of a run", show_default=False)]
 
 
 def status(
     run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
-    stalled_after: Annotated[float, typer.Option(help="seconds without a sign of life", min=1)] = 900,
+    stalled_after: StalledAfter = 900,
 ) -> None:
     """Say what a run is doing, by site; the exit status is 0 unless it failed or stalled."""
     from rich.console import Console
@@ -55,6 +56,7 @@ def watch(
     cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate chain")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of its private key")] = None,
     name: Annotated[list[str] | None, typer.Option(help="host name under which readers ask, besides --host")] = None,
+    stalled_after: StalledAfter = 900,
 ) -> None:
     """Serve a live page and Prometheus metrics of a run, read-only, for those who have the token."""
     from confrere.errors import MissingExtraError
@@ -64,7 +66,7 @@ def watch(
     except ImportError as error:
         raise MissingExtraError(error.name or "starlette", "flower", needed_for="the live page") from error
 
-    served = start(run, host, port, cert=cert, key=key, names=name or ())
+    served = start(run, host, port, cert=cert, key=key, names=name or (), stalled_after=stalled_after)
     shown = f"{served.url}/ (token: that of {VARIABLE})" if os.environ.get(VARIABLE) else served.address
     typer.echo(f"Watching {run}: {shown}")
     typer.echo("Metrics: /metrics, health: /healthz. Ctrl-C ends it; the run goes on.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,14 @@ class Follower:
         return self._events
 
     def _grow(self) -> None:
-        new = self._new()
-        try:
-            if not self._lines:
-                raise ValueError("nothing was read yet")
-            events, head = _follow(new, self._lines, self._head)
-        except (ValueError, AttributeError, RecursionError):  # another journal, or a damaged one: from the start
+        new = self._new() if self._lines else b""
+        found = _follow(new, self._lines, self._head) if self._lines else None
+        if found is None:  # the first time; or another journal, or a damaged one
             self._start()
             new = journal.content(self._path)
-            events, head = journal.parse(new, str(self._path))
-        self._bytes, self._lines, self._head = self._bytes + len(new), self._lines + len(events), head
+            found = journal.parse(new, str(self._path))
+        events, self._head = found
+        self._bytes, self._lines = self._bytes + len(new), self._lines + len(events)
         self._events = journal.standing([*self._events, *map(_brief, events)])
 
     def _new(self) -> bytes:
@@ -73,17 +72,20 @@ class Follower:
         return found[: found.rfind(b"\n") + 1]
 
 
-def _follow(lines: bytes, seq: int, head: str) -> tuple[list[Event], str]:
-    """Return the events of ``lines``, which follow line ``seq`` with hash ``head``, and the new head.
+def _follow(lines: bytes, seq: int, head: str) -> tuple[Sequence[Event], str] | None:
+    """Return the events of ``lines`` and the new head; None if they do not follow line ``seq`` with hash ``head``.
 
-    Sealed once more, the same event gives the same bytes; if not, the line does not belong there.
+    Sealed once more, the same event gives the same bytes.
     """
-    events = []
-    for seq, line in enumerate(lines.splitlines(keepends=True), seq + 1):
-        event = {key: value for key, value in json.loads(line).items() if key not in ("seq", "hash")}
-        sealed, head = journal.seal([event], seq, head)
+    events: list[Event] = []
+    for line in lines.splitlines(keepends=True):
+        try:
+            event = {key: value for key, value in json.loads(line).items() if key not in ("seq", "hash")}
+            sealed, head = journal.seal([event], seq + len(events) + 1, head)
+        except (ValueError, AttributeError, RecursionError):  # no JSON, or no object
+            return None
         if sealed != line:
-            raise ValueError("the line does not follow those before")
+            return None
         events.append(event)
     return events, head
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import logging
 import math
@@ -23,17 +24,20 @@ from confrere.data.paths import SLUG
 from confrere.errors import RunError
 
 Kind = Literal[
-    "start", "end", "method", "round", "update", "score", "failure", "fallback", "stop", "examine",
-    "site-online", "site-offline", "site-refused", "policy", "log-lost",
+    "method", "round", "update", "score", "failure", "fallback", "stop", "examine",
+    "registered", "connecting", "disconnected", "refused", "request", "log-lost",
 ]  # fmt: skip
-"""All that a line can tell."""
+"""All that a line can tell: of training; of sites and the line to them; of the log itself."""
+_WARNINGS = ("failure", "fallback", "disconnected", "refused")
 _CODE = re.compile(r"[a-z][a-z-]{0,39}")
 _NUMBERS = ("round", "seconds", "sent_bytes", "received_bytes", "loss", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line. Its type is the whitelist: words are those of a list, names are slugs, all else are finite numbers.
+    """One line. Its type is the whitelist: listed words, slugs, codes, an IP address, finite numbers.
+
+    ``kind`` is that of a request, ``address`` that of a machine that was turned away.
 
     Raises:
         ValueError: a field holds anything else.
@@ -45,6 +49,8 @@ class Entry:
     site: str | None = None
     method: str | None = None
     code: str | None = None
+    kind: str | None = None
+    address: str | None = None
     round: int | None = None
     seconds: float | None = None
     sent_bytes: int | None = None
@@ -55,8 +61,10 @@ class Entry:
     def __post_init__(self) -> None:
         listed = self.event in get_args(Kind) and self.level in ("info", "warning", "error")
         names = all(name is None or SLUG.fullmatch(name) for name in (self.site, self.method))
-        coded = self.code is None or _CODE.fullmatch(self.code)
-        if not (listed and names and coded and all(_is_number(getattr(self, key)) for key in _NUMBERS)):
+        codes = all(code is None or _CODE.fullmatch(code) for code in (self.code, self.kind))
+        placed = self.address is None or _is_address(self.address)
+        numbers = all(_number(getattr(self, key)) == getattr(self, key) for key in _NUMBERS)
+        if not (listed and names and codes and placed and numbers):
             raise ValueError("a log entry holds listed words, names of sites and methods, codes and numbers only")
 
     def line(self, moment: datetime) -> str:
@@ -102,27 +110,30 @@ class Log:
 
 def entries(event: Mapping[str, Any]) -> Iterator[Entry]:
     """Yield what the log keeps of an event: numbers and codes; a reason's free text, which a site may send, never."""
-    kind, round_ = event.get("event"), event.get("round")
-    if kind == "method":
-        yield Entry(event="method", method=_name(event.get("name")))
-    elif kind == "round":
+    kind = event["event"]
+    if kind == "round":
         for site, said in event["sites"].items():
-            numbers = {key: said.get(key) for key in ("loss", "seconds", "sent_bytes", "received_bytes")}
-            yield Entry(event="update", round=round_, site=_name(site), **numbers)
-        yield Entry(event="round", round=round_, seconds=event.get("seconds"))
+            numbers = {key: _number(said.get(key)) for key in ("loss", "seconds", "sent_bytes", "received_bytes")}
+            yield Entry(event="update", round=event["round"], site=_name(site), **numbers)
+        yield Entry(event="round", round=event["round"], seconds=_number(event.get("seconds")))
     elif kind == "evaluation":
         for site, score in event["sites"].items():
-            yield Entry(event="score", round=round_, site=_name(site), score=score)
-    elif kind == "failure":
-        code, site = str(event.get("code") or "unknown"), event.get("site")
-        coded = code if _CODE.fullmatch(code) else "unknown"
-        yield Entry(level="warning", event="failure", round=round_, site=_name(site) if site else None, code=coded)
+            yield Entry(event="score", round=event["round"], site=_name(site), score=_number(score))
+    elif kind == "method":
+        yield Entry(event="method", method=_name(event.get("name")))
     elif kind == "fallback":
         yield Entry(level="warning", event="fallback", round=event.get("to"))
-    elif kind == "stop":
-        yield Entry(event="stop", round=round_)
-    elif kind == "examine":
-        yield Entry(event="examine", round=round_)
+    elif kind in get_args(Kind):
+        address = event.get("address")
+        yield Entry(
+            level="warning" if kind in _WARNINGS else "info",
+            event=kind,
+            site=_name(event["site"]) if event.get("site") else None,
+            code=_code(event["code"]) if event.get("code") else None,
+            kind=_code(event["kind"]) if event.get("kind") else None,
+            address=address if _is_address(address) else None,
+            round=_number(event.get("round")),
+        )
 
 
 class _Rotating(RotatingFileHandler):
@@ -146,5 +157,19 @@ def _name(value: object) -> str:
     return value if isinstance(value, str) and SLUG.fullmatch(value) else "unnamed"
 
 
-def _is_number(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+def _code(value: object) -> str:
+    """Return a code, "unknown" for what cannot be one."""
+    return value if isinstance(value, str) and _CODE.fullmatch(value) else "unknown"
+
+
+def _is_address(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(ipaddress.ip_address(value))
+    except ValueError:
+        return False
+
+
+def _number(value: Any) -> Any:
+    """Return a finite number, None for anything else."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if known else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -17,17 +17,17 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def exposition(state: State) -> bytes:
     """Return a state in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(_OfRun(lambda: state))
+    registry.register(_OfRun(state))
     return generate_latest(registry)
 
 
 class _OfRun(Collector):
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of the state of now."""
-        state = self._state()
+        """Yield the metrics of the state."""
+        state = self._state
         yield GaugeMetricFamily("confrere_round", "Last committed round", value=state.round)
         yield GaugeMetricFamily("confrere_rounds", "Rounds planned", value=state.rounds)
         yield SummaryMetricFamily(

@@ -16,7 +16,7 @@ from confrere.record.files import read_json
 from confrere.record.journal import Event, last_round
 from confrere.report.reading import as_dict, as_list, number
 from confrere.watch.follow import Follower, text
-from confrere.watch.state import PHASES, Control, Failure, Score, SiteState, State
+from confrere.watch.state import ENDED, PHASES, Control, Failure, Score, SiteState, State
 
 
 class Watcher:
@@ -52,11 +52,11 @@ class Watcher:
         told = self._told[1]
         experiment, said = experiment or {}, status or {}
         controls = tuple(map(self._control, _controls(experiment)))
-        rounds = int(number(said.get("rounds")) or number(experiment.get("rounds")) or 0)
+        rounds = int(number(experiment.get("rounds")) or number(said.get("rounds")) or 0)
         return State(
             name=text(said.get("consortium")),
-            method=text(said.get("method") or as_dict(experiment.get("method")).get("name")),
-            phase=said.get("phase") or _phase(events, controls, rounds),
+            method=text(as_dict(experiment.get("method")).get("name") or said.get("method")),
+            phase=_phase(said.get("phase"), events, controls, rounds),
             round=last_round(events),
             rounds=rounds,
             updated=max(number(said.get("updated")) or 0.0, *map(_touched, self._files(controls))),
@@ -114,10 +114,17 @@ def _ended(events: Sequence[Event]) -> bool:
     return any(e["event"] == "end" for e in events)
 
 
-def _phase(events: Sequence[Event], controls: Sequence[Control], rounds: int) -> str:
-    """Return the phase of a run in one process, which says it by its journals."""
+def _phase(said: str | None, events: Sequence[Event], controls: Sequence[Control], rounds: int) -> str:
+    """Return the phase that the coordinator said, or that the journals of a run in one process tell.
+
+    Training, to the coordinator, is that of the controls, too.
+    """
+    if _ended(events) and said not in ENDED and not all(control.done for control in controls):
+        return "controls"
+    if said is not None:
+        return said
     if _ended(events):
-        return "done" if all(control.done for control in controls) else "controls"
+        return "done"
     if any(e["event"] == "stop" for e in events) or (rounds and last_round(events) >= rounds):
         return "examine"
     return "train" if any(e["event"] in ("begin", "round") for e in events) else "waiting"
@@ -180,11 +187,11 @@ class _Told:
 def _sites(told: Mapping[str, _Known], said: Mapping[str, Any] | None) -> tuple[SiteState, ...]:
     """Return the sites that the journal or the coordinator's status knows, sorted."""
     statuses = {text(name): as_dict(one) for name, one in (said or {}).items()}
-    return tuple(_site(name, told.get(name, _Known()), statuses.get(name), said is None) for name in
-                 sorted({*told, *statuses}))  # fmt: skip
+    names = sorted({*told, *statuses})
+    return tuple(_site(name, told.get(name, _Known()), statuses.get(name), alone=said is None) for name in names)
 
 
-def _site(name: str, known: _Known, status: Mapping[str, Any] | None, alone: bool) -> SiteState:
+def _site(name: str, known: _Known, status: Mapping[str, Any] | None, *, alone: bool) -> SiteState:
     said = status or {}
     return SiteState(
         name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import secrets
 import socket
 import ssl
@@ -24,10 +25,11 @@ from confrere.errors import ConfigError, ConfrereError, NetworkError
 from confrere.watch.guard import Guard
 from confrere.watch.metrics import CONTENT_TYPE, exposition
 from confrere.watch.reader import Watcher
+from confrere.watch.state import STALLED
 
 VARIABLE = "CONFRERE_WATCH_TOKEN"
 """Environment variable with the token; without it, each start makes a new one."""
-_SHORTEST = 20  # characters of a token that someone chose
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]{20,}")
 _STATIC = Path(__file__).parent / "static"
 _FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -61,15 +63,16 @@ def token_of_environment() -> str:
     """Return the token of ``CONFRERE_WATCH_TOKEN``, or a new one.
 
     Raises:
-        ConfigError: it is too short to be hard to guess.
+        ConfigError: it is too short to be hard to guess, or has characters that cannot stand in an address.
     """
     given = os.environ.get(VARIABLE)
-    if given is not None and len(given) < _SHORTEST:
+    if given is None:
+        return secrets.token_urlsafe()
+    if not _TOKEN.fullmatch(given):
+        what = "the token must have 20 characters or more, of A-Z a-z 0-9 . _ ~ -"
         fix = 'python -c "import secrets; print(secrets.token_urlsafe())" makes one'
-        raise ConfigError(
-            f"the token has fewer than {_SHORTEST} characters", where=f"${VARIABLE}", fix=fix, code="watch-token"
-        )
-    return given or secrets.token_urlsafe()
+        raise ConfigError(what, where=f"${VARIABLE}", fix=fix, code="watch-token")
+    return given
 
 
 def start(
@@ -81,6 +84,7 @@ def start(
     cert: Path | None = None,
     key: Path | None = None,
     names: Sequence[str] = (),
+    stalled_after: float = STALLED,
 ) -> Served:
     """Serve ``run`` from a daemon thread; return when it listens.
 
@@ -92,6 +96,7 @@ def start(
         cert: PEM file of the certificate chain.
         key: PEM file of its private key.
         names: host names, besides ``host``, under which readers may ask.
+        stalled_after: seconds without a sign of life after which the page says that the run stalled.
 
     Raises:
         RunError: there is no run. ConfigError: see :func:`token_of_environment`.
@@ -103,29 +108,13 @@ def start(
     listener = _listen(host, port)
     bound = listener.getsockname()[1]
     app = Guard(
-        Starlette(routes=_routes(watcher)),
+        Starlette(routes=_routes(watcher, stalled_after)),
         token=token,
         names={*_LOOPBACK, host, *names},
         cookie=f"confrere-watch-{bound}",
         secure=secure,
     )
-    config = uvicorn.Config(
-        app,
-        loop="asyncio",
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,  # it would hold the token
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=64,
-        timeout_graceful_shutdown=2,
-        ssl_certfile=cert,
-        ssl_keyfile=key,
-    )
-    _load(config, listener, cert)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(_config(app, listener, cert, key))
     thread = threading.Thread(target=server.run, args=([listener],), name="watch", daemon=True)
     thread.start()
     while thread.is_alive() and not server.started:
@@ -134,10 +123,10 @@ def start(
     return Served(f"http{'s' if secure else ''}://{shown}:{bound}", token, server, thread)
 
 
-def _routes(watcher: Watcher) -> list[Route]:
+def _routes(watcher: Watcher, stalled_after: float) -> list[Route]:
     def state(request: Request) -> Response:
         try:
-            return JSONResponse(watcher.state().as_json(time.time()))
+            return JSONResponse(watcher.state().as_json(time.time(), stalled_after))
         except ConfrereError as error:  # the page shows it and asks again
             return JSONResponse({"error": error.what, "code": error.code}, 503)
 
@@ -190,11 +179,27 @@ def _listen(host: str, port: int) -> socket.socket:
         raise NetworkError(what, where=where, fix=fix, code="cannot-listen") from error
 
 
-def _load(config: uvicorn.Config, listener: socket.socket, cert: Path | None) -> None:
-    """Read certificate and key now: in the thread, nobody would learn that they are wrong."""
+def _config(app: Guard, listener: socket.socket, cert: Path | None, key: Path | None) -> uvicorn.Config:
+    """Return how to serve, certificate and key read already: in the thread, nobody would learn that they are wrong."""
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,  # it would hold the token
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=cert,
+        ssl_keyfile=key,
+    )
     try:
         config.load()
     except (OSError, ssl.SSLError) as error:
         listener.close()
         what, fix = "the certificate or its key cannot be used", "give PEM files that belong together, without password"
         raise NetworkError(what, where=str(cert), fix=fix, code="watch-tls") from error
+    return config

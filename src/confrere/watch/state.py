@@ -94,7 +94,7 @@ class State:
 
     @property
     def eta(self) -> float | None:
-        """Return the seconds that the remaining rounds take if they are like the last ones; stopping early is less."""
+        """Return the seconds that the remaining rounds take if they are like the last ones, and none is left out."""
         last = self.seconds[-_LAST:]
         if self.phase != "train" or not last:
             return None
@@ -130,7 +130,7 @@ class State:
             )
         parts = [f"{self.method or 'run'}: {doing}, {self.round} of {self.rounds} rounds"]
         if self.eta is not None:
-            parts.append(f"at most {duration(self.eta)} of training left")
+            parts.append(f"about {duration(self.eta)} of training left")
         known = [site for site in self.sites if site.online is not None]
         if known and self.phase not in ENDED:
             parts.append(f"{sum(bool(site.online) for site in known)} of {len(known)} sites online")

@@ -63,7 +63,7 @@ function facts(state) {
   const rows = [
     ["Rounds committed", `${state.round} of ${state.rounds}`],
     ["A round takes", mean === null ? NONE : `about ${duration(mean)}`],
-    ["Training left", state.eta === null ? NONE : `at most ${duration(state.eta)}`],
+    ["Training left", state.eta === null ? NONE : `about ${duration(state.eta)}`],
     ["Bytes moved", size(state.bytes)],
   ];
   if (told.length) rows.splice(1, 0, ["Sites online", `${told.filter(s => s.online).length} of ${told.length}`]);

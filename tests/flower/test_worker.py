@@ -1,0 +1,144 @@
+"""A site's process: what it answers twice, what it refuses, and what of its errors leaves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from members import Members, experiment_for, make_images, make_kits, make_members
+
+from confrere.consortium import states
+from confrere.consortium.frame import PROTOCOL
+from confrere.consortium.lead import as_sent
+from confrere.consortium.worker import Worker
+from confrere.errors import ConfigError
+from confrere.initial import initial_params
+from confrere.method import Request
+from confrere.tensors import digest
+
+JOB = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), patients=5)
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_kits(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture
+def north(kits: Path, images: Path, tmp_path: Path) -> Worker:
+    members: Members = make_members(kits, images, tmp_path)
+    return members.workers["north"]
+
+
+def job(kits: Path, *overrides: str, **header: Any) -> dict[str, Any]:
+    sent = as_sent(experiment_for(kits, *overrides))
+    return {"protocol": PROTOCOL, "job": JOB, "part": "", "experiment": sent, "kind": "describe", **header}
+
+
+def request_of(worker: Worker, kits: Path, round_: int = 1, *overrides: str) -> tuple[dict[str, Any], Any]:
+    """Return a frame that asks for training from the method's start."""
+    assert "failure" not in worker.answer(job(kits, *overrides), {})[0]
+    assert worker._open is not None
+    task = worker._open[2]
+    params = initial_params(task.backbone, task.method, "", classes=2, rank=4, seed=0)
+    state = task.method.broadcast(task.method.init_server(params), "north")
+    header, arrays = states.ask(Request(kind="train", run="r", round=round_, state=state))
+    return {**job(kits, *overrides), **header}, arrays
+
+
+def test_a_request_that_comes_twice_gets_the_same_answer(north: Worker, kits: Path, tmp_path: Path) -> None:
+    header, arrays = request_of(north, kits)
+    first, payload = north.answer(header, arrays)
+    file = tmp_path / "north" / JOB / "sites" / "north" / "00001.safetensors"
+    written = file.read_bytes()
+    second, again = north.answer(header, arrays)
+    assert (first["digest"], first["weight"]) == (second["digest"], second["weight"])
+    assert {name: value.tobytes() for name, value in payload.items()} == {n: v.tobytes() for n, v in again.items()}
+    assert file.read_bytes() == written
+
+
+def test_what_is_sent_holds_no_personal_tensor(north: Worker, kits: Path) -> None:
+    answer, payload = north.answer(*request_of(north, kits))
+    assert answer["groups"] == ["shared"]
+    assert payload
+    assert not [name for name in payload if "personal" in name]
+    assert digest(states.to_state(answer, payload)) == answer["digest"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"protocol": 2}, "version"),
+        ({"protocol": None}, "version"),
+        ({"job": "../../etc"}, "message-form"),
+        ({"job": 7}, "message-form"),
+        ({"part": "../x"}, "message-form"),
+        ({"part": "pooled"}, "message-form"),
+        ({"experiment": "rounds = "}, "message-form"),
+        ({"experiment": 3}, "message-form"),
+        ({"kind": "train"}, "message-form"),
+        ({"kind": "delete", "groups": [], "round": 1, "split": "val", "model": "general"}, "message-form"),
+    ],
+)
+def test_what_is_no_request_of_ours_is_refused(
+    changes: dict[str, Any], code: str, north: Worker, kits: Path, tmp_path: Path
+) -> None:
+    answer, arrays = north.answer({**job(kits), **changes}, {})
+    assert (answer["failure"]["code"], arrays) == (code, {})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "north" not in path.parts]
+
+
+def test_an_experiment_cannot_change_under_its_name(north: Worker, kits: Path) -> None:
+    assert "failure" not in north.answer(job(kits), {})[0]
+    answer, _ = north.answer(job(kits, "train.lr=0.5"), {})
+    assert answer["failure"]["code"] == "job-changed"
+
+
+def test_simulations_are_refused(north: Worker, kits: Path) -> None:
+    sent = job(kits)
+    sent["experiment"] = sent["experiment"].replace("shift = []", 'shift = [{kind = "stain", strength = 0.5}]')
+    assert north.answer(sent, {})[0]["failure"]["code"] == "simulation"
+
+
+def test_the_policy_is_asked_before_data_are_read(kits: Path, images: Path, tmp_path: Path) -> None:
+    worker = make_members(kits, images, tmp_path, most_rounds=1).workers["north"]
+    worker.data = tmp_path / "nowhere"
+    assert worker.answer(job(kits), {})[0]["failure"]["code"] == "policy-rounds"
+
+
+def test_a_request_beyond_the_policy_is_refused(kits: Path, images: Path, tmp_path: Path) -> None:
+    worker = make_members(kits, images, tmp_path, test_scores=False).workers["north"]
+    header, arrays = request_of(worker, kits)
+    assert "failure" not in worker.answer(header, arrays)[0]
+    answer, _ = worker.answer({**header, "kind": "evaluate", "split": "test"}, arrays)
+    assert answer["failure"]["code"] == "policy-test"
+
+
+def test_errors_that_could_name_files_leave_as_codes_only(kits: Path, images: Path, tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    worker = make_members(kits, images, tmp_path).workers["north"]
+    worker.data, worker.notify = tmp_path / "CANARY-ward-7", told.append
+    answer, _ = worker.answer(job(kits), {})
+    assert answer["failure"]["code"] == "no-such-path"
+    assert "CANARY" not in json.dumps(answer)
+    assert "CANARY" in told[-1]["reason"]  # the local user is told
+
+
+def test_an_update_that_is_not_masked_never_leaves_a_site_that_masks(north: Worker, kits: Path) -> None:
+    header, arrays = request_of(north, kits, 1, "secure.aggregation=true", "gate.norm=0", "gate.factor=0")
+    answer, sent = north.answer(header, arrays)
+    assert (answer["failure"]["code"], sent) == ("secure-off", {})
+
+
+def test_a_site_sets_only_what_is_its_own(kits: Path, images: Path, tmp_path: Path) -> None:
+    kit = make_members(kits, images, tmp_path).workers["north"].kit
+    with pytest.raises(ConfigError) as caught:
+        Worker(kit=kit, policy=None, data=images, state=tmp_path, overrides=["train.lr=1"])  # type: ignore[arg-type]
+    assert (caught.value.code, caught.value.where) == ("override", "train.lr")
