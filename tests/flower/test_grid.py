@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,12 @@ def test_who_is_online_is_told_after_a_bounded_wait(tmp_path: Path) -> None:
     grid = FakeGrid(lambda site, attempt: good(site), lambda: {22, 99})
     assert sites(grid, tmp_path).online() == ("south",)
     assert sites(grid, tmp_path).wait(["north", "south"]) == ["north"]
+
+
+def test_a_site_that_is_gone_is_waited_for_once(tmp_path: Path) -> None:
+    """Else every round of a long run would wait for it anew."""
+    grid = FakeGrid(lambda site, attempt: good(site), lambda: {11})
+    these = sites(grid, tmp_path, patience=1.0)
+    started = time.monotonic()
+    assert [these.online() for _ in range(20)] == [("north",)] * 20
+    assert 1.0 <= time.monotonic() - started < 10.0

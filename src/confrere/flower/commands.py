@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,11 @@ def coordinator(
 
     how: dict[str, Any] = {"host": host, "deadline": deadline, "patience": patience, "watch": watch, "log": log}
     known = load(kit, "coordinator")
-    headline = lead(known, out, config, overrides or [], notify=_teller(None, quiet=quiet), **how)
+    try:
+        headline = lead(known, out, config, overrides or [], notify=_teller(None, quiet=quiet), **how)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; continue with: confrere coordinator {kit} --out {out}", err=True)
+        raise typer.Exit(130) from None
     if headline and not quiet:
         typer.echo(headline)
 
@@ -60,7 +65,8 @@ def site(
     notify = _teller(log, quiet=quiet)
     with Run(state).lock():
         worker = Worker(kit=known, policy=rules, data=data, state=state, overrides=overrides or [], notify=notify)
-        run_site(known, worker, retry=retry, notify=notify)
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end of a service
+            run_site(known, worker, retry=retry, notify=notify)
 
 
 def _teller(log: Path | None, *, quiet: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import secrets
@@ -26,6 +27,7 @@ from confrere.errors import ConfrereError, RunError
 from confrere.flower.front import Front, serve
 from confrere.flower.processes import environment, flwr, free_port, lost, start, stop
 from confrere.record.files import read_json, write_bytes, write_files, write_json
+from confrere.record.run import Run
 
 APP = """[project]
 name = "confrere"
@@ -81,9 +83,11 @@ class Coordinator:
         self.env = environment(self.home)
 
     def __enter__(self) -> Coordinator:
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(Run(self.home).lock())  # one coordinator a kit
         self._address = f"127.0.0.1:{free_port()}"
-        self._start_link()
         try:
+            self._start_link()
             self.nodes = self._registered()
             names = {_as_sent(member.node): site for site, member in self.kit.sites.items()}
             front = Front(f"https://{self._address}", self._ca, names, self.notify, self._revoked() - names.keys())
@@ -91,12 +95,14 @@ class Coordinator:
             self._close = serve(front, self.host, self.kit.port, certificate, key)
         except BaseException:
             self._stop_link()
+            self._held.close()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
         self._close()
         self._stop_link()
+        self._held.close()
 
     def _start_link(self) -> None:
         """Start the SuperLink on loopback, with a certificate of its own: it knows nodes by key only under TLS."""

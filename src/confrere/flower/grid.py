@@ -33,7 +33,7 @@ class GridSites:
         nodes: site -> node id, as the coordinator registered them.
         status: told who is online and whom we wait for.
         deadline: seconds in which a request must be answered, re-sent or not.
-        patience: seconds to wait for a site to come online.
+        patience: seconds to wait for a site that is offline, counted once from when it was missed.
     """
 
     def __init__(
@@ -41,18 +41,19 @@ class GridSites:
     ) -> None:
         self._grid, self._nodes, self._status = grid, dict(nodes), status
         self._deadline, self._patience = deadline, patience
+        self._missed: dict[str, float] = {}  # since when a site is offline
 
     def online(self) -> tuple[str, ...]:
-        """Return the sites that can be asked; for those that cannot be, wait a while first."""
+        """Return the sites that can be asked; for one that has just gone, wait a while first."""
         missing = self.wait(self._nodes)
         return tuple(sorted(set(self._nodes) - set(missing)))
 
     def wait(self, names: Collection[str]) -> list[str]:
-        """Wait until all of ``names`` are online, but no longer than ``patience``; return those that are not."""
-        until = time.monotonic() + self._patience
+        """Wait until all of ``names`` are online, for each no longer than ``patience``; return those that are not."""
         while True:
-            missing = sorted(set(names) - self._present())
-            if not missing or time.monotonic() > until:
+            missing, now = sorted(set(names) - self._present()), time.monotonic()
+            self._missed = {site: self._missed.get(site, now) for site in missing}
+            if all(now - since >= self._patience for since in self._missed.values()):
                 return missing
             time.sleep(POLL)
 
