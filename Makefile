@@ -1,6 +1,6 @@
 # make demo    real pretrained weights on generated microscopy of four hospitals; ends with a report
 # make test    the fast tests
-# make test-all  also the slow ones: real weights, a browser, the timm zoo
+# make test-all  also the slow ones: real weights, a browser, real servers, the timm zoo
 PYTHON ?= python3
 VENV ?= .venv
 TIMM_VENV ?= .venv-timm
@@ -22,7 +22,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed check
-	$(BIN)/python -m pytest -n 2 -m "slow and not timm"
+	$(BIN)/python -m pytest -n 2 -m "slow and not timm and not servers"
+	$(BIN)/python -m pytest -m servers
 	$(TIMM_VENV)/bin/python -m pytest -m timm
 
 check: $(VENV)/.installed-dev

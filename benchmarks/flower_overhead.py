@@ -32,6 +32,7 @@ from side_by_side import machine
 
 from confrere.consortium.kit import load
 from confrere.consortium.provision import provision
+from confrere.data.painting import CLASSES
 from confrere.data.synthetic import make_microscopy
 from confrere.flower.coordinator import APP, Coordinator
 from confrere.flower.processes import SILENT, flwr, free_port, start, stop
@@ -90,7 +91,8 @@ def kits_in(folder: Path) -> Path:
     """Provision the three sites; return the folder of the kits."""
     roster = folder / "consortium.toml"
     names = "".join(f'[[sites]]\nname = "{site}"\n' for site in SITES)
-    text = f'name = "overhead"\naddress = "127.0.0.1"\nport = {free_port()}\nclasses = ["benign", "malignant"]\n{names}'
+    classes = json.dumps(list(CLASSES))
+    text = f'name = "overhead"\naddress = "127.0.0.1"\nport = {free_port()}\nclasses = {classes}\n{names}'
     roster.write_text(text)
     provision(roster, folder / "kits")
     for site in SITES:

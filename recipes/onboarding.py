@@ -30,14 +30,15 @@ METHODS = ("fedopal", "fedit")
 SEEDS = (0, 1, 2)
 
 
-def one(table: Path, out: Path, site: str, method: str, seed: int, images: int) -> dict[str, Any]:
+def one(args: argparse.Namespace, site: str, method: str, seed: int) -> dict[str, Any]:
     """Return onboard.json of one site, method and seed."""
+    table, out = args.table, args.out
     run = out / f"{method}-without-{site}-{seed}"
     found = run / "onboard" / site / "onboard.json"
     if not found.exists():
         values = {**SETTINGS, "path": str(table.resolve()), "method": method, "hold_out": site, "seed": seed}
-        run_experiment(validate(override(values, SMALL)), run)
-        onboard(run, table, site=site, images=images, seed=seed)
+        run_experiment(validate(override(values, [*SMALL, *args.overrides])), run)
+        onboard(run, table, site=site, images=args.images, seed=seed)
     return read_json(found)
 
 
@@ -75,12 +76,13 @@ def main() -> None:
     parser.add_argument("--sites", default=",".join(SITES))
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--page", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key.path=value, e.g. engine.precision=fp32")
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines: list[str] = []
     for site in args.sites.split(","):
         for method in METHODS:
-            found = [one(args.table, args.out, site, method, seed, args.images) for seed in SEEDS]
+            found = [one(args, site, method, seed) for seed in SEEDS]
             tested = " or ".join(sorted({str(entry["test_images"]) for entry in found}))
             lines += ["", f"### {site} arrives, after {method} ({tested} test images)", ""]
             lines += ["| model | balanced accuracy | against alone, points | chosen |", "|---|---|---|---|"]

@@ -82,7 +82,7 @@ class Hospitals:
         """Start ``confrere WORDS`` as ``name``; ``code`` may change something in it first."""
         log = self.folder / f"{name}.log"
         line = [*self.inside.get(name, ()), sys.executable, "-c", code, *words]
-        with log.open("ab") as output:
+        with log.open("wb") as output:
             self.processes[name] = subprocess.Popen(
                 line,
                 env=self.environment(name),
@@ -126,21 +126,18 @@ class Hospitals:
         return code
 
     def said(self, name: str) -> str:
-        """Return what a process printed, with the end of the logs of Flower's processes for whoever reads a failure."""
+        """Return what a process printed."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def running(self, name: str = "") -> dict[int, str]:
         """Return command lines by process: all that carry the mark of ``name``, or of any of ours."""
         found = {}
-        wanted = f"{MARK}={self.mark}.{name}".encode()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    marks = [line for line in (entry / "environ").read_bytes().split(b"\0") if line.startswith(wanted)]
-                    if wanted in marks if name else marks:
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                except (FileNotFoundError, ProcessLookupError, PermissionError):
-                    continue  # it ended while we looked, or is another user's
+        wanted = f"{MARK}={self.mark}.{name}".encode() + (b"\0" if name else b"")
+        for entry in Path("/proc").glob("[0-9]*"):
+            # It may end while we look, or be another user's.
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if wanted in (entry / "environ").read_bytes() + b"\0":
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
     def kill(self, name: str, having: str = "") -> list[int]:

@@ -148,6 +148,14 @@ def test_a_policy_refuses_before_round_one(kits: Path, images: Path, tmp_path: P
     assert not (tmp_path / "state" / "north").joinpath("sites").exists()
 
 
+def test_an_experiment_may_be_mended_until_the_run_has_begun(kits: Path, images: Path, tmp_path: Path) -> None:
+    out, members = tmp_path / "out", make_members(kits, images, tmp_path / "state", most_rounds=2)
+    with pytest.raises(PolicyError):
+        run_members(experiment_for(kits, "rounds=3"), out, members)
+    run_members(experiment_for(kits, "rounds=2"), out, members)  # into the same directory
+    assert (out / "results.json").exists()
+
+
 def test_a_missing_site_is_named(kits: Path, members: Members, tmp_path: Path) -> None:
     del members.workers["west"]
     with pytest.raises(RunError, match="west did not come online") as caught:

@@ -11,7 +11,7 @@ from hospital_processes import PATIENCE, hospitals, in_the_middle
 from lossy_network import LossyNetwork, NotAllowedError
 from members import SITES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(900)]
 DELAY, LOSS, CUT = 0.05, 0.02, 20.0
 METHOD = ("method=fedopal",)
 

@@ -20,7 +20,7 @@ from confrere.flower.coordinator import APP, Coordinator
 from confrere.flower.processes import environment, flwr, free_port, start
 from confrere.flower.site import refusal
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(600)]
 UNKNOWN = "an unregistered key"
 
 
@@ -53,6 +53,7 @@ def refused(opened: Opened, name: str, kit: Path) -> str:
     """Return what ``confrere site`` says when it tries once; it must end, with code 9."""
     process = opened.place.site("west", "--retry", "0", kit=kit, state=f"state-{name}", process=name)
     assert opened.place.ended(name, process, PATIENCE) == 9, opened.place.said(name)
+    print(f"G37: {name}: refused")
     return opened.place.said(name)
 
 

@@ -142,3 +142,18 @@ def test_a_site_sets_only_what_is_its_own(kits: Path, images: Path, tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         Worker(kit=kit, policy=None, data=images, state=tmp_path, overrides=["train.lr=1"])  # type: ignore[arg-type]
     assert (caught.value.code, caught.value.where) == ("override", "train.lr")
+
+
+def test_a_bug_is_told_without_its_text(north: Worker, kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the carrier would be told nothing, and would ask again until the deadline."""
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("CANARY")
+
+    header, arrays = request_of(north, kits)
+    assert north._open is not None
+    monkeypatch.setattr(type(north._open[3]), "handle", broken)
+    answer, _ = north.answer(header, arrays)
+    assert answer["failure"]["code"] == "internal"
+    assert "RuntimeError" in answer["failure"]["reason"]
+    assert "CANARY" not in json.dumps(answer)

@@ -149,8 +149,11 @@ class Lead:
 
 
 def _job(out: Path) -> str:
-    """Return the name under which the sites keep their part of the run in ``out``: made once, 16 hexadecimal digits."""
-    if not (out / "job.json").exists():
+    """Return the name under which the sites keep their part of the run in ``out``: 16 hexadecimal digits.
+
+    Before a run has begun it is a new one each time, as the experiment may have been mended.
+    """
+    if not (out / "experiment.toml").exists() or not (out / "job.json").exists():
         write_json(out / "job.json", {"job": secrets.token_hex(8)})
     return str(read_json(out / "job.json")["job"])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -91,6 +92,12 @@ class Worker:
             return self._failed(event, error, f"the site reports the error {error.code}", "look at the site's log")
         except (MemoryError, torch.OutOfMemoryError):
             failure = {"reason": "the site ran out of memory", "fix": "lower train.batch_size", "code": "out-of-memory"}
+            self.notify({**event, "event": "failure", **failure})
+            return {"failure": failure}, {}
+        except Exception as error:  # a bug: its text may hold anything, where it was does not
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"internal error {type(error).__name__} [{Path(at.filename).name}, line {at.lineno}]"
+            failure = {"reason": what, "fix": "report it", "code": "internal"}
             self.notify({**event, "event": "failure", **failure})
             return {"failure": failure}, {}
 

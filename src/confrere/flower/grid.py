@@ -15,7 +15,7 @@ from confrere.errors import UpdateRefusedError
 from confrere.federation.transport import Failure
 from confrere.flower.records import from_content, to_content
 
-POLL = 0.3
+POLL = 1.0
 """Seconds between two looks for answers."""
 TYPES = {"train": "train", "evaluate": "evaluate"}
 """Flower's message types by our kind; all others are ``query``."""
