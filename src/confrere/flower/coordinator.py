@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from confrere.config import Experiment
 from confrere.consortium.authority import certificate_pem, new_authority, new_server, now
 from confrere.consortium.kit import Kit
-from confrere.errors import ConfrereError, RunError
+from confrere.errors import RunError
 from confrere.flower.front import Front, serve
 from confrere.flower.processes import environment, flwr, free_port, lost, start, stop
 from confrere.record.files import read_json, write_bytes, write_files, write_json
@@ -52,7 +52,7 @@ STARTED = 60.0
 Notify = Callable[[dict[str, Any]], None]
 
 
-class RemoteError(ConfrereError):
+class RemoteError(RunError):
     """The end of a run in Flower's process: what it said in status.json, and its exit code."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:
