@@ -9,6 +9,7 @@ import pytest
 import torch
 from error_codes import on_page
 from hypothesis import HealthCheck, settings
+from pages import browse
 
 from confrere.errors import ConfrereError
 from confrere.federation.transport import Failure
@@ -23,6 +24,12 @@ settings.load_profile("confrere")
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A browser without a screen."""
+    yield from browse(tmp_path_factory.mktemp("profile"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Rule = Literal[
     "mean", "median", "trimmed-mean", "geometric-median", "krum", "multi-krum", "clipping", "nearest-neighbours"
@@ -16,6 +16,14 @@ class Part(BaseModel):
     """A table of the experiment: frozen, no unknown keys, no NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _lists(cls, value: object, info: ValidationInfo) -> object:
+        """Take TOML's lists where a tuple is meant."""
+        meant = cls.model_fields[info.field_name or ""].annotation
+        tuples = tuple in (get_origin(kind) for kind in (meant, *get_args(meant)))
+        return tuple(value) if tuples and isinstance(value, list) else value
 
 
 class BackboneChoice(Part):
@@ -118,11 +126,6 @@ class AttackChoice(Part):
     name: str = "sign-flip"
     sites: tuple[str, ...] = ()
     strength: float = Field(default=1.0, ge=0)
-
-    @field_validator("sites", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class RecordChoice(Part):

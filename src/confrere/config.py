@@ -65,11 +65,6 @@ class Experiment(Part):
     engine: EngineChoice = EngineChoice()
     data: DataOptions = DataOptions()
 
-    @field_validator("controls", "track", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
     @field_validator("method", mode="before")
     @classmethod
     def _named(cls, value: object) -> object:
@@ -203,12 +198,13 @@ def validate(values: Mapping[str, Any]) -> Experiment:
         ) from None
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return the values of a TOML file; ConfigError names line and column of a mistake."""
+def read(
+    path: Path, *, fix: str = "give a TOML file as `confrere run` writes it: RUN/experiment.toml"
+) -> dict[str, Any]:
+    """Return the values of a TOML file; ConfigError names line and column of a mistake, or ``fix`` if unreadable."""
     try:
         return intake.parse_toml(intake.read_bytes(path, intake.MOST_TOML))
     except OSError as error:
-        fix = "give a TOML file as `confrere run` writes it: RUN/experiment.toml"
         raise ConfigError(
             f"cannot be read: {error.strerror}", where=str(path), fix=fix, code="unreadable-file"
         ) from None

@@ -27,7 +27,7 @@ from confrere.federation.secure.total import SUMS
 from confrere.federation.selection import best_round
 from confrere.federation.site import Site
 from confrere.federation.transport import InProcess, Transport
-from confrere.fingerprint import begin, inputs, stamp
+from confrere.fingerprint import begin, inputs, stamp, trainings
 from confrere.initial import initial_params
 from confrere.learner import TrainSettings
 from confrere.method import Method, Request
@@ -38,7 +38,7 @@ from confrere.record.machine import cores
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors
 from confrere.tokenset import TokenSet
-from confrere.verdicts import verdicts
+from confrere.verdicts import keep_verdicts, verdicts
 
 Notify = Callable[[dict[str, Any]], None]
 
@@ -94,21 +94,15 @@ def run_experiment(
         begin(out, experiment, federation, accept_drift=accept_drift)
         notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
         names = [str(experiment.method["name"]), *experiment.other_controls]
-        for name in names:
-            part = out if name == names[0] else out / "controls" / name
+        for name, part in zip(names, trainings(out, experiment), strict=True):
             if not (part / "results.json").exists():
                 notify({"event": "method", "name": name, "rounds": experiment.rounds})
                 own = experiment if name == names[0] else experiment.for_method(name)
                 train(prepare(own, federation, notify), part, notify)
         if not experiment.controls:
             return {}
-        found = write_verdicts(out, experiment)
-        said = {
-            "event": "verdicts",
-            "files": {"verdicts.json": file_digest(out / "verdicts.json")},
-        }
-        if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
-            run.append(said)
+        found = compare_with_controls(out, experiment)
+        keep_verdicts(run, found)
         return found
 
 
@@ -290,10 +284,8 @@ def initial(task: Task, site: str) -> Tensors:
     return initial_params(task.backbone_of(site), task.method, site, **options)
 
 
-def write_verdicts(out: Path, experiment: Experiment) -> dict[str, Any]:
-    """Compare the run with its controls at every site and write verdicts.json."""
-    controls = {name: out / "controls" / name for name in experiment.other_controls}
+def compare_with_controls(out: Path, experiment: Experiment) -> dict[str, Any]:
+    """Return the verdicts on a run: its comparison with each control at every site that trained."""
+    controls = {path.name: path for path in trainings(out, experiment)[1:]}
     sites = [s for s, entry in read_json(out / "results.json")["sites"].items() if not entry["held_out"]]
-    found = verdicts(out, controls, sites, seed=experiment.seed)
-    write_json(out / "verdicts.json", found)
-    return found
+    return verdicts(out, controls, sites, seed=experiment.seed)

@@ -11,7 +11,8 @@ import numpy as np
 from confrere.errors import RunError
 from confrere.metrics.paired import Run as Predictions
 from confrere.metrics.paired import paired_gain, signed, verdict
-from confrere.record.files import read_state
+from confrere.record.files import file_digest, read_state, write_json
+from confrere.record.run import Run
 from confrere.seeds import numpy_generator
 
 
@@ -48,6 +49,15 @@ def verdicts(run: Path, controls: Mapping[str, Path], sites: Sequence[str], *, s
             if gain is not None:
                 found[site][name] = {**gain, "sentence": verdict(site, gain, name)}
     return {"sites": found, "headline": headline(found), "note": NOTE}
+
+
+def keep_verdicts(run: Run, found: Mapping[str, Any]) -> None:
+    """Write verdicts.json, and its digest into the journal unless it is the last one there."""
+    file = run.path / "verdicts.json"
+    write_json(file, found)
+    said = {"event": "verdicts", "files": {file.name: file_digest(file)}}
+    if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
+        run.append(said)
 
 
 NOTE = (

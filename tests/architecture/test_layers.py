@@ -45,7 +45,7 @@ HOMES = {
     "mlflow": {"track.py"},
     "tensorboard": {"track.py"},
     "optuna": {"compare/tuning.py"},
-    "cryptography": {"record/signing.py", "consortium/", "federation/secure/", "flower/coordinator.py"},
+    "cryptography": {"record/signing.py", "consortium/", "federation/secure/"},
     "prometheus_client": {"watch/"},
     "starlette": {"watch/", "flower/front.py"},
     "uvicorn": {"watch/", "flower/front.py"},

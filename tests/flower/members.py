@@ -18,6 +18,7 @@ from confrere.consortium.kit import Kit, load
 from confrere.consortium.lead import Lead, across
 from confrere.consortium.policy import Policy
 from confrere.consortium.provision import provision
+from confrere.consortium.states import failed
 from confrere.consortium.status import Status
 from confrere.consortium.worker import Worker
 from confrere.federation.transport import Failure
@@ -90,7 +91,8 @@ class Members:
             if content is None:
                 answers[site] = Failure(site, "no answer within 1 s", code="no-answer")
                 continue
-            answers[site] = frame.unpack(frame.pack(*self.workers[site].answer(*frame.unpack(content))))
+            came = frame.unpack(frame.pack(*self.workers[site].answer(*frame.unpack(content))))
+            answers[site] = failed(site, came[0]) or came
         return answers
 
 

@@ -10,6 +10,7 @@ from members import SITES, Members, experiment_for, make_images, make_kits, make
 
 from confrere.config import Experiment, override, validate
 from confrere.consortium.lead import across
+from confrere.consortium.worker import Worker
 from confrere.errors import ConfigError, PolicyError, RunError
 from confrere.job import run_experiment
 from confrere.verify import verify
@@ -163,17 +164,21 @@ def test_a_missing_site_is_named(kits: Path, members: Members, tmp_path: Path) -
     assert caught.value.code == "sites-missing"
 
 
+def says(worker: Worker, monkeypatch: pytest.MonkeyPatch, key: str, **changes: object) -> None:
+    """Let a site say something else of itself under ``key`` when it is asked to describe itself."""
+    describe = worker._describe
+
+    def changed(*args: object) -> dict[str, object]:
+        told = describe(*args)  # type: ignore[arg-type]
+        return {**told, key: {**told[key], **changes}}
+
+    monkeypatch.setattr(worker, "_describe", changed)
+
+
 def test_another_version_is_refused(
     kits: Path, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = members.workers["south"]
-    describe = worker._describe
-
-    def older(*args: object) -> dict[str, object]:
-        told = describe(*args)  # type: ignore[arg-type]
-        return {**told, "versions": {**told["versions"], "confrere": "0.0.9"}}
-
-    monkeypatch.setattr(worker, "_describe", older)
+    says(members.workers["south"], monkeypatch, "versions", confrere="0.0.9")
     with pytest.raises(RunError, match=r"confrere 0\.0\.9.*site south") as caught:
         run_members(experiment_for(kits), tmp_path / "out", members)
     assert caught.value.code == "version"
@@ -182,14 +187,7 @@ def test_another_version_is_refused(
 def test_other_weights_under_the_same_name_are_refused(
     kits: Path, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = members.workers["north"]
-    describe = worker._describe
-
-    def other(*args: object) -> dict[str, object]:
-        told = describe(*args)  # type: ignore[arg-type]
-        return {**told, "backbone": {**told["backbone"], "digest": "0" * 64}}
-
-    monkeypatch.setattr(worker, "_describe", other)
+    says(members.workers["north"], monkeypatch, "backbone", digest="0" * 64)
     with pytest.raises(RunError, match="000000000000") as caught:
         run_members(experiment_for(kits), tmp_path / "out", members)
     assert caught.value.code == "site-differs"

@@ -46,7 +46,7 @@ def request_of(worker: Worker, kits: Path, round_: int = 1, *overrides: str) -> 
     """Return a frame that asks for training from the method's start."""
     assert "failure" not in worker.answer(job(kits, *overrides), {})[0]
     assert worker._open is not None
-    task = worker._open[2]
+    task = worker._open.task
     params = initial_params(task.backbone, task.method, "", classes=2, rank=4, seed=0)
     state = task.method.broadcast(task.method.init_server(params), "north")
     header, arrays = states.ask(Request(kind="train", run="r", round=round_, state=state))
@@ -152,7 +152,7 @@ def test_a_bug_is_told_without_its_text(north: Worker, kits: Path, monkeypatch: 
 
     header, arrays = request_of(north, kits)
     assert north._open is not None
-    monkeypatch.setattr(type(north._open[3]), "handle", broken)
+    monkeypatch.setattr(type(north._open.site), "handle", broken)
     answer, _ = north.answer(header, arrays)
     assert answer["failure"]["code"] == "internal"
     assert "RuntimeError" in answer["failure"]["reason"]

@@ -6,8 +6,6 @@ With ``CONFRERE_SCREENSHOTS=DIR`` it leaves pictures there.
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,37 +13,14 @@ from typing import Any
 
 import pytest
 import watch_runs as runs
+from pages import CONTRAST, MARKS, show
 
 from confrere.record.run import Run
 from confrere.watch.serve import Served, start
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
-from test_report_browser import CHROMIUM, CONTRAST, DRIVER, FLAGS, show
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        not (CHROMIUM.exists() and DRIVER.exists()), reason="needs Debian's chromium and chromium-driver"
-    ),
-]
+pytestmark = [pytest.mark.slow, *MARKS]
 SITES = ("centre-hospitalier-universitaire-de-quebec", "north", "royal-infirmary-of-edinburgh", "south", "west")
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("profile")
-    for flag in [*FLAGS.split(), f"--user-data-dir={profile}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
-    shutil.rmtree(profile, ignore_errors=True)
 
 
 @pytest.fixture

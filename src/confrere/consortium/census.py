@@ -29,10 +29,20 @@ class Sites(Protocol):
         """Return the names of the sites that can be asked now, sorted."""
 
     def ask(self, kind: str, frames: Mapping[str, tuple[Header, Arrays]]) -> Answers:
-        """Send each site its frame; return what came back before the deadline, a Failure for each of the others."""
+        """Send each site its frame; return what came back before the deadline, a Failure where that is no answer."""
 
     def wait(self, names: Collection[str]) -> list[str]:
         """Wait until all of ``names`` are online, for a bounded time; return those that are not."""
+
+
+def simulated(experiment: Experiment) -> list[str]:
+    """Return the keys by which an experiment simulates something; between hospitals nobody does."""
+    asked = {
+        "attack.sites": experiment.attack.sites,
+        "data.shift": experiment.data.shift,
+        "data.partition": experiment.data.partition,
+    }
+    return [key for key, value in asked.items() if value]
 
 
 def describe(sites: Sites, names: Collection[str], job: Header, status: Status) -> dict[str, Header]:
@@ -56,9 +66,6 @@ def describe(sites: Sites, names: Collection[str], job: Header, status: Status) 
     for name, answer in sorted(answers.items()):
         if isinstance(answer, Failure):
             refused.append(answer)
-        elif isinstance(answer[0].get("failure"), dict):
-            told = answer[0]["failure"]
-            refused.append(Failure(name, *(str(told.get(key, "")) for key in ("reason", "fix", "code"))))
         else:
             found[name] = answer[0]
     for failed in refused:
@@ -79,7 +86,7 @@ def gathered(experiment: Experiment, described: Mapping[str, Header], out: Path)
     """
     ours, first = machine(), next(iter(described.values()))
     for name, told in described.items():
-        _same_version(name, told)
+        _same_version(name, told, ours["confrere"])
         expected = {"classes": list(experiment.data.classes), "image_size": first["image_size"]}
         for key, value in expected.items():
             if told.get(key) != value:
@@ -111,9 +118,9 @@ def gathered(experiment: Experiment, described: Mapping[str, Header], out: Path)
     )
 
 
-def _same_version(name: str, told: Header) -> None:
+def _same_version(name: str, told: Header, ours: str) -> None:
     """Refuse another minor version: methods may differ between them."""
-    ours, theirs = machine()["confrere"], str(told["versions"].get("confrere"))
+    theirs = str(told["versions"].get("confrere"))
     if Version(theirs).release[:2] != Version(ours).release[:2]:
         what, fix = f"it has confrere {theirs}, the coordinator {ours}", "install the same minor version everywhere"
         raise RunError(what, where=f"site {name}", fix=fix, code="version")

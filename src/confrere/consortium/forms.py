@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from confrere import intake
+from confrere.config import read as read_toml
 from confrere.errors import ConfigError, ConfrereError, nearest
 
 Form = TypeVar("Form", bound=BaseModel)
@@ -20,13 +20,7 @@ def read(path: Path, model: type[Form]) -> Form:
         ConfigError: it cannot be read or is no TOML; or its first wrong key, with the nearest valid one or the range.
         ConfrereError: what a check within the model raises.
     """
-    try:
-        values = intake.parse_toml(intake.read_bytes(path, intake.MOST_TOML))
-    except OSError as error:
-        what = f"cannot be read: {error.strerror}"
-        raise ConfigError(what, where=str(path), fix="give the path of the file", code="unreadable-file") from None
-    except ValueError as error:
-        raise ConfigError(f"not valid TOML: {error}", where=str(path), fix="mend this line", code="not-toml") from None
+    values = read_toml(path, fix="give the path of the file")
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -26,12 +26,35 @@ MOST = 2**31
 SOCKET = "CONFRERE_SITE_SOCKET"
 """Environment variable with the path of the socket at which a site's process answers."""
 Arrays = Mapping[str, np.ndarray]
+SAME = "use the same version of confrere on both sides"
+
+
+def failure(reason: str, fix: str, code: str) -> dict[str, Any]:
+    """Return the header of an answer that says why there is none."""
+    return {"failure": {"reason": reason, "fix": fix, "code": code}}
+
+
+def write_header(header: Mapping[str, Any]) -> str:
+    """Return a header as JSON; ValueError where it holds NaN."""
+    return json.dumps(header, sort_keys=True, allow_nan=False)
+
+
+def read_header(text: str) -> dict[str, Any]:
+    """Return the header of its JSON; ValueError where it is none."""
+    header = intake.parse_json(text.encode())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table")
+    return header
+
+
+def contiguous(arrays: Arrays) -> dict[str, np.ndarray]:
+    """Return arrays whose bytes are in order; those without dimensions keep having none."""
+    return {name: np.asarray(value, order="C") for name, value in arrays.items()}
 
 
 def pack(header: Mapping[str, Any], arrays: Arrays) -> bytes:
     """Return one frame; ``header`` must be JSON without NaN."""
-    text = json.dumps(header, sort_keys=True, allow_nan=False)
-    return save({name: np.asarray(value, order="C") for name, value in arrays.items()}, {"confrere": text})
+    return save(contiguous(arrays), {"confrere": write_header(header)})
 
 
 def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -44,14 +67,10 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if len(content) > MOST:
             raise ValueError("it is too large")
         metadata = intake.tensor_header(content, len(content), intake.NUMBERS)["__metadata__"]
-        header = intake.parse_json(metadata["confrere"].encode())
-        if not isinstance(header, dict):
-            raise ValueError("its header is no table")
-        return header, load(content)
+        return read_header(metadata["confrere"]), load(content)
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         why = f": {error}" if type(error) is ValueError else ""
-        fix = "use the same version of confrere on both sides"
-        raise UpdateRefusedError(f"a message cannot be read{why}", fix=fix, code="message-form") from error
+        raise UpdateRefusedError(f"a message cannot be read{why}", fix=SAME, code="message-form") from error
 
 
 def send(line: socket.socket, content: bytes) -> None:

@@ -55,6 +55,12 @@ def parse_node_public(content: bytes) -> str:
     return _openssh(key)
 
 
+def node_pem(public: str) -> bytes:
+    """Return an OpenSSH public node key in PEM, as Flower's nodes send theirs."""
+    key = serialization.load_ssh_public_key(public.encode())
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def identity_public(content: bytes) -> str:
     """Return the public half in base64 of a private identity key.
 

@@ -15,7 +15,7 @@ import torch
 
 from confrere.config import Experiment, validate
 from confrere.consortium import states
-from confrere.consortium.census import Header, Sites, describe, gathered
+from confrere.consortium.census import Header, Sites, describe, gathered, simulated
 from confrere.consortium.frame import PROTOCOL, Arrays
 from confrere.consortium.status import Status
 from confrere.data.federation import Federation
@@ -25,10 +25,10 @@ from confrere.federation.transport import Failure
 from confrere.fingerprint import begin, trainings
 from confrere.job import Task, initial, lead, load_backbones
 from confrere.method import Reply, Request
-from confrere.record.files import file_digest, read_json, write_json
+from confrere.record.files import read_json, write_json
 from confrere.record.machine import cores
 from confrere.record.run import Run
-from confrere.verdicts import NOTE, headline
+from confrere.verdicts import NOTE, headline, keep_verdicts
 
 Notify = Callable[[dict[str, Any]], None]
 RESUME = "resume: confrere coordinator KIT --out RUN"
@@ -141,11 +141,7 @@ class Lead:
             if not isinstance(told.get("verdicts"), dict):
                 raise RunError("it gave no verdict", where=f"site {name}", fix=RESUME, code="no-replies")
             found[name] = told["verdicts"]
-        write_json(self.out / "verdicts.json", {"sites": found, "headline": headline(found), "note": NOTE})
-        said = {"event": "verdicts", "files": {"verdicts.json": file_digest(self.out / "verdicts.json")}}
-        run = Run(self.out)
-        if [e for e in run.events() if e["event"] == "verdicts"][-1:] != [said]:
-            run.append(said)
+        keep_verdicts(Run(self.out), {"sites": found, "headline": headline(found), "note": NOTE})
 
 
 def _job(out: Path) -> str:
@@ -173,13 +169,9 @@ def across(experiment: Experiment, classes: Collection[str]) -> tuple[Experiment
     if experiment.build_method().pools:
         fix = "use another method"
         raise ConfigError("no hospital may send its images", where="method.name", fix=fix, code="across-hospitals")
-    simulated = [
-        key for key, on in (("attack.sites", experiment.attack.sites), ("data.shift", experiment.data.shift)) if on
-    ]
-    if simulated or experiment.data.partition:
-        where = (simulated or ["data.partition"])[0]
+    if simulated(experiment):
         fix = "leave it out, or run in one process: confrere run"
-        raise ConfigError("this is a simulation", where=where, fix=fix, code="across-hospitals")
+        raise ConfigError("this is a simulation", where=simulated(experiment)[0], fix=fix, code="across-hospitals")
     agreed = experiment.data.classes or tuple(classes)
     if len(agreed) < 2:
         fix = "set data.classes in the experiment, or classes in consortium.toml, in the order all agree on"
@@ -207,9 +199,8 @@ def take_home(task: Task, run: Run, sites: Sites, transport: Remote, results: Ma
         own = {**results, "sites": {name: entry}}
         frames[name] = {**transport.job, **header, "kind": "export", "results": own}, arrays
     for name, answer in sites.ask("export", frames).items():
-        failed = answer.reason if isinstance(answer, Failure) else answer[0].get("failure")
-        if failed:
-            what = f"it could not export its adapters: {failed}"
+        if isinstance(answer, Failure):
+            what = f"it could not export its adapters: {answer.reason}"
             raise RunError(what, where=f"site {name}", fix=RESUME, code="export")
     if method.has_general():
         received = method.broadcast(server, "")

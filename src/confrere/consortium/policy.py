@@ -74,11 +74,6 @@ class Policy(Part):
     differential_privacy: bool = False
     test_scores: bool = True
 
-    @field_validator("methods", "groups", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
     @field_validator("backbones")
     @classmethod
     def _hashes(cls, value: dict[str, str] | None) -> dict[str, str] | None:

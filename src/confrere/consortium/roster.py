@@ -54,11 +54,6 @@ class Roster(Part):
     valid_days: int = Field(default=365, ge=1, le=825)
     sites: tuple[Entrant, ...]
 
-    @field_validator("classes", "sites", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
     @field_validator("address")
     @classmethod
     def _reachable(cls, value: str) -> str:

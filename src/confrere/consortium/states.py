@@ -67,12 +67,16 @@ def answer(reply: Reply) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return {**header, "metrics": dict(reply.metrics), **said}, arrays
 
 
+def failed(site: str, header: Mapping[str, Any]) -> Failure | None:
+    """Return the failure that ``site`` answered with, None for any other answer."""
+    told = header.get("failure")
+    if not isinstance(told, dict):
+        return None
+    return Failure(site, *(str(told.get(key, "")) for key in ("reason", "fix", "code")))
+
+
 def answered(site: str, header: Mapping[str, Any], arrays: Arrays) -> Reply | Failure:
     """Return what ``site`` answered; what is no reply is a failure, and its stamps are the gate's to check."""
-    failed = header.get("failure")
-    if isinstance(failed, dict):
-        reason, fix, code = (str(failed.get(key, "")) for key in ("reason", "fix", "code"))
-        return Failure(site, reason, fix, code)
     try:
         state = to_state(header, arrays)
     except UpdateRefusedError as error:

@@ -41,18 +41,22 @@ class Status:
 
     def online(self, sites: Collection[str]) -> None:
         """Say which sites can be asked now."""
-        before = {site for site, entry in self.values["sites"].items() if entry["online"]}
-        for site, entry in self.values["sites"].items():
-            entry["online"] = site in sites
-            entry["seen"] = time.time() if site in sites else entry["seen"]
-        if before != set(sites) or time.time() - self._written > EVERY:
-            self._write()
+        for site in sites:
+            self.values["sites"][site]["seen"] = time.time()
+        self._mark("online", sites)
 
     def waiting(self, sites: Collection[str]) -> None:
         """Say which sites were asked and have not answered."""
-        for site, entry in self.values["sites"].items():
-            entry["waiting"] = site in sites
-        self._write()
+        self._mark("waiting", sites)
+
+    def _mark(self, key: str, sites: Collection[str]) -> None:
+        """Set ``key`` for ``sites`` and no others; write that if it is news, or if it is time for a sign of life."""
+        entries, now = self.values["sites"], {site for site in self.values["sites"] if site in sites}
+        news = now != {site for site, entry in entries.items() if entry[key]}
+        for site, entry in entries.items():
+            entry[key] = site in now
+        if news or time.time() - self._written > EVERY:
+            self._write()
 
     def refused(self, site: str, code: str) -> None:
         """Say that a site refused, or was refused, with the code of an error."""

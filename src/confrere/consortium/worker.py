@@ -21,7 +21,8 @@ from confrere import intake
 from confrere.backbones import default_size
 from confrere.config import Experiment, override, validate
 from confrere.consortium import states
-from confrere.consortium.frame import PROTOCOL, Arrays
+from confrere.consortium.census import simulated
+from confrere.consortium.frame import PROTOCOL, SAME, Arrays, failure
 from confrere.consortium.kit import Kit
 from confrere.consortium.policy import Policy, check, check_request
 from confrere.data.federation import Federation, load_federation
@@ -30,6 +31,7 @@ from confrere.export import About, export_model
 from confrere.federation.secure.keys import Identity
 from confrere.federation.secure.participant import Participant
 from confrere.federation.site import Site
+from confrere.fingerprint import trainings
 from confrere.job import Task, make_site, prepare, threads
 from confrere.prefix import cache_dir
 from confrere.record.files import write_bytes, write_json
@@ -44,6 +46,17 @@ TOLD = (PolicyError, TrainingError, UpdateRefusedError)
 """Errors whose words may leave the site. Others could name files: of them only the code does."""
 Notify = Callable[[dict[str, Any]], None]
 Answer = tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training of a job, opened: ``asked`` are job, part and experiment as the coordinator sent them."""
+
+    asked: tuple[str, str, str]
+    job: Path
+    path: Path
+    task: Task
+    site: Site
 
 
 @dataclass(kw_only=True)
@@ -62,7 +75,7 @@ class Worker:
     overrides: Sequence[str] = ()
     notify: Notify = lambda event: None
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-    _open: tuple[str, str, Task, Site] | None = field(default=None, init=False, repr=False)
+    _open: _Training | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         wrong = [one for one in self.overrides if not one.startswith(LOCAL)]
@@ -91,37 +104,36 @@ class Worker:
         except ConfrereError as error:
             return self._failed(event, error, f"the site reports the error {error.code}", "look at the site's log")
         except (MemoryError, torch.OutOfMemoryError):
-            failure = {"reason": "the site ran out of memory", "fix": "lower train.batch_size", "code": "out-of-memory"}
-            self.notify({**event, "event": "failure", **failure})
-            return {"failure": failure}, {}
+            told = failure("the site ran out of memory", "lower train.batch_size", "out-of-memory")
+            self.notify({**event, "event": "failure", **told["failure"]})
+            return told, {}
         except Exception as error:  # a bug: its text may hold anything, where it was does not
             at = traceback.extract_tb(error.__traceback__)[-1]
             what = f"internal error {type(error).__name__} [{Path(at.filename).name}, line {at.lineno}]"
-            failure = {"reason": what, "fix": "report it", "code": "internal"}
-            self.notify({**event, "event": "failure", **failure})
-            return {"failure": failure}, {}
+            told = failure(what, "report it", "internal")
+            self.notify({**event, "event": "failure", **told["failure"]})
+            return told, {}
 
     def _failed(self, event: dict[str, Any], error: ConfrereError, reason: str, fix: str) -> Answer:
         self.notify({**event, "event": "failure", "code": error.code, "reason": error.reason, "fix": error.fix})
-        return {"failure": {"reason": reason, "fix": fix, "code": error.code}}, {}
+        return failure(reason, fix, error.code), {}
 
     def _answer(self, header: Mapping[str, Any], arrays: Arrays) -> Answer:
-        job, part, experiment = self._job(header)
-        task, site = self._opened(job, part, experiment)
-        kind = header["kind"]
+        training = self._training(header)
+        task, site, kind = training.task, training.site, header["kind"]
         if kind == "describe":
             return self._describe(task, site), {}
         if kind == "export":
-            return self._export(job / part, task, site, header, arrays), {}
+            return self._export(training, header, arrays), {}
         if kind == "verdict":
-            return {"verdicts": self._verdicts(job, experiment)}, {}
+            return {"verdicts": self._verdicts(training.job, task.experiment)}, {}
         request = states.asked(header, arrays)
         check_request(self.policy, request)
-        torch.set_num_threads(threads(experiment, task.federation))
+        torch.set_num_threads(threads(task.experiment, task.federation))
         return states.answer(site.handle(request))
 
-    def _job(self, header: Mapping[str, Any]) -> tuple[Path, str, Experiment]:
-        """Return directory, part and experiment of a request; the experiment of a job never changes.
+    def _training(self, header: Mapping[str, Any]) -> _Training:
+        """Return what a request is for: as it was opened for the one before, or opened now.
 
         Raises:
             UpdateRefusedError: another format, or another experiment under the same name.
@@ -135,44 +147,43 @@ class Worker:
         job, part, text = (header.get(key) for key in ("job", "part", "experiment"))
         known = isinstance(job, str) and JOB.fullmatch(job) and isinstance(part, str) and isinstance(text, str)
         if not known:
-            raise UpdateRefusedError("a request is not understood", fix="use the same version", code="message-form")
-        folder, content = self.state / str(job), str(text).encode()
+            raise UpdateRefusedError("a request is not understood", fix=SAME, code="message-form")
+        asked = str(job), str(part), str(text)
+        if self._open is None or self._open.asked != asked:
+            self._open = self._opened(*asked)
+        return self._open
+
+    def _opened(self, name: str, part: str, text: str) -> _Training:
+        """Return a training with its data read and its backbone loaded; the experiment of a job never changes."""
+        job, experiment = self.state / name, self._experiment(self.state / name, part, text.encode())
+        path = job / "controls" / part if part else job
+        self._open = None  # two backbones need not fit; what was refused above closes nothing
+        check(self.policy, experiment, examples=None)
+        task = prepare(experiment, self._federation(job, experiment), self.notify)
+        site = make_site(task, self.site, Run(path))
+        if experiment.masked:
+            site.secure = self._participant(experiment, path)
+        check(self.policy, experiment, examples=len(site.data.rows("train")))
+        return _Training((name, part, text), job, path, task, site)
+
+    def _experiment(self, job: Path, part: str, content: bytes) -> Experiment:
+        """Return the experiment of a training as it is carried out here; the first of a job is written down."""
         asked = validate(_values(content))
-        if asked.attack.sites or asked.data.shift or asked.data.partition:
-            what, fix = (
-                "attacks, shifts and partitions are simulations",
-                "leave attack.*, data.shift, data.partition out",
-            )
-            raise PolicyError(what, where="the experiment", fix=fix, code="simulation")
+        if simulated(asked):
+            what, fix = "this is a simulation", "leave it out, or run in one process: confrere run"
+            raise PolicyError(what, where=simulated(asked)[0], fix=fix, code="simulation")
         if part not in ("", *asked.other_controls):
-            raise UpdateRefusedError(
-                "a request is for no training of this job", fix="use the same version", code="message-form"
-            )
-        if (folder / "asked.toml").exists():
-            if (folder / "asked.toml").read_bytes() != content:
-                what, fix = "the experiment of a job was changed", "start a new run for another experiment"
-                raise UpdateRefusedError(what, fix=fix, code="job-changed")
-        else:
-            write_bytes(folder / "asked.toml", content)
+            raise UpdateRefusedError("a request is for no training of this job", fix=SAME, code="message-form")
+        if not (job / "asked.toml").exists():
+            write_bytes(job / "asked.toml", content)
+        elif (job / "asked.toml").read_bytes() != content:
+            what, fix = "the experiment of a job was changed", "start a new run for another experiment"
+            raise UpdateRefusedError(what, fix=fix, code="job-changed")
         own = {"path": str(self.data.resolve()), "track": ()}
         full = validate({**override(_values(content), self.overrides), **own})
-        if not (folder / "experiment.toml").exists():
-            write_bytes(folder / "experiment.toml", full.toml().encode())
-        return folder, f"controls/{part}" if part else "", full if not part else full.for_method(str(part))
-
-    def _opened(self, job: Path, part: str, experiment: Experiment) -> tuple[Task, Site]:
-        """Return the site with its data read and its backbone loaded, which is done once per training."""
-        if self._open is None or self._open[:2] != (job.name, part):
-            self._open = None  # two backbones need not fit
-            check(self.policy, experiment, examples=None)
-            federation = self._federation(job, experiment)
-            task = prepare(experiment, federation, self.notify)
-            site = make_site(task, self.site, Run(job / part))
-            if experiment.masked:
-                site.secure = self._participant(experiment, job / part)
-            check(self.policy, experiment, examples=len(site.data.rows("train")))
-            self._open = job.name, part, task, site
-        return self._open[2:]
+        if not (job / "experiment.toml").exists():
+            write_bytes(job / "experiment.toml", full.toml().encode())
+        return full.for_method(part) if part else full
 
     def _participant(self, experiment: Experiment, path: Path) -> Participant:
         """Return what masks this site's updates, known to the others by the key in its kit."""
@@ -211,8 +222,9 @@ class Worker:
             "backbone": task.describe(),
         }
 
-    def _export(self, path: Path, task: Task, site: Site, header: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
+    def _export(self, training: _Training, header: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
         """Write what the site takes home: its adapters, and results.json with its own numbers."""
+        task, site = training.task, training.site
         request = states.asked({**header, "kind": "evaluate"}, arrays)
         results = header.get("results")
         if not isinstance(results, dict) or not isinstance(results.get("sites"), dict):
@@ -220,16 +232,15 @@ class Worker:
         entry = results["sites"].get(self.site, {})
         if "temperature" in entry:
             about = About(self.site, request.model, task.federation.classes, float(entry["temperature"]))
-            folder = path / "adapters" / self.site
+            folder = training.path / "adapters" / self.site
             export_model(folder, task.method, site.backbone, site.params(request), about)
-        write_json(path / "results.json", results)
+        write_json(training.path / "results.json", results)
         return {"exported": self.site}
 
     def _verdicts(self, job: Path, experiment: Experiment) -> dict[str, Any]:
         """Return whether joining paid here, which only the site can compute: test predictions never leave it."""
-        asked = validate(_values((job / "asked.toml").read_bytes()))
-        controls = {name: job / "controls" / name for name in asked.other_controls}
-        done = {name: path for name, path in controls.items() if (path / "results.json").exists()}
+        controls = trainings(job, experiment)[1:]
+        done = {path.name: path for path in controls if (path / "results.json").exists()}
         found = verdicts(job, done, [self.site], seed=experiment.seed)
         write_json(job / "verdicts.json", found)
         return dict(found["sites"][self.site])
@@ -239,8 +250,7 @@ def _values(content: bytes) -> dict[str, Any]:
     try:
         return intake.parse_toml(content)
     except ValueError:
-        fix = "use the same version of confrere on both sides"
-        raise UpdateRefusedError("the experiment cannot be read", fix=fix, code="message-form") from None
+        raise UpdateRefusedError("the experiment cannot be read", fix=SAME, code="message-form") from None
 
 
 def _version(package: str) -> str:

@@ -46,16 +46,11 @@ def carry(message: Message) -> Message:
         content = frame.pack(*from_content(message.content))
         found = exchange(content)
         if found is None:
-            failure = {
-                "reason": "the site's process is not running",
-                "fix": "start `confrere site`",
-                "code": "site-down",
-            }
-            return Message(to_content({"failure": failure}, {}), reply_to=message)
+            down = frame.failure("the site's process is not running", "start `confrere site`", "site-down")
+            return Message(to_content(down, {}), reply_to=message)
         return Message(to_content(*frame.unpack(found)), reply_to=message)
     except ConfrereError as error:
-        failure = {"reason": error.reason, "fix": error.fix, "code": error.code}
-        return Message(to_content({"failure": failure}, {}), reply_to=message)
+        return Message(to_content(frame.failure(error.reason, error.fix, error.code), {}), reply_to=message)
 
 
 def exchange(content: bytes) -> bytes | None:

@@ -18,10 +18,10 @@ from typing import Any
 
 import httpx
 import tomli_w
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 from confrere.config import Experiment
 from confrere.consortium.authority import certificate_pem, new_authority, new_server, now
+from confrere.consortium.keys import node_pem
 from confrere.consortium.kit import Kit
 from confrere.errors import RunError
 from confrere.flower.front import Front, serve
@@ -211,8 +211,7 @@ class Coordinator:
 
 def _as_sent(node: str) -> str:
     """Return an OpenSSH public key as nodes send it in a header: base64 of PEM."""
-    key = load_ssh_public_key(node.encode())
-    return base64.b64encode(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode()
+    return base64.b64encode(node_pem(node)).decode()
 
 
 def _answers(address: str, ca: Path) -> bool:

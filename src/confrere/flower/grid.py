@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from confrere.consortium.census import Answers, Header
 from confrere.consortium.frame import Arrays
+from confrere.consortium.states import failed
 from confrere.consortium.status import Status
 from confrere.errors import UpdateRefusedError
 from confrere.federation.transport import Failure
@@ -114,7 +115,7 @@ def _read(site: str, reply: Message) -> tuple[Header, Arrays] | Failure | None:
         header, arrays = from_content(reply.content)
     except UpdateRefusedError as error:
         return Failure(site, error.reason, error.fix, error.code)
-    failed = header.get("failure")
-    if isinstance(failed, dict) and failed.get("code") in AGAIN:
-        return None
+    failure = failed(site, header)
+    if failure is not None:
+        return None if failure.code in AGAIN else failure
     return header, arrays

@@ -5,7 +5,6 @@ These are Flower's own conventions, so that its mods and tools see what they exp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +12,16 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from confrere import intake
-from confrere.consortium.frame import MOST, Arrays
+from confrere.consortium.frame import MOST, SAME, Arrays, contiguous, read_header, write_header
 from confrere.errors import UpdateRefusedError
-
-SAME = "use the same version of confrere on both sides"
 
 
 def to_content(header: Mapping[str, Any], arrays: Arrays) -> RecordDict:
     """Return the content of a message; the header travels as one JSON string."""
     metrics = header.get("metrics")
     examples = metrics.get("examples") if isinstance(metrics, dict) else None
-    records: dict[str, Any] = {"header": ConfigRecord({"json": json.dumps(header, sort_keys=True, allow_nan=False)})}
-    records["arrays"] = ArrayRecord({name: Array(np.asarray(value, order="C")) for name, value in arrays.items()})
+    records: dict[str, Any] = {"header": ConfigRecord({"json": write_header(header)})}
+    records["arrays"] = ArrayRecord({name: Array(value) for name, value in contiguous(arrays).items()})
     if isinstance(examples, int):
         records["metrics"] = MetricRecord({"num-examples": examples})
     return RecordDict(records)
@@ -42,9 +39,8 @@ def from_content(content: RecordDict) -> tuple[dict[str, Any], dict[str, np.ndar
             raise ValueError("it is too large")
         if any(array.stype != "numpy.ndarray" or len(name) > intake.LONGEST_NAME for name, array in sent.items()):
             raise ValueError("an array has a form that does not belong here")
-        header = intake.parse_json(str(text).encode())
-        if not isinstance(header, dict):
-            raise ValueError("its header is no table")
-        return header, {name: array.numpy() for name, array in sent.items()}  # numpy.load without pickle
+        return read_header(str(text)), {
+            name: array.numpy() for name, array in sent.items()
+        }  # numpy.load without pickle
     except (KeyError, TypeError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
         raise UpdateRefusedError("a message cannot be read", fix=SAME, code="message-form") from error

@@ -76,8 +76,7 @@ class _listening:  # noqa: N801  a context, like those of contextlib
             try:
                 header, arrays = self._worker.answer(*frame.unpack(content))
             except UpdateRefusedError as error:
-                failure = {"reason": error.reason, "fix": error.fix, "code": error.code}
-                header, arrays = {"failure": failure}, {}
+                header, arrays = frame.failure(error.reason, error.fix, error.code), {}
             # The carrier may have been ended meanwhile: then we are asked again, and send the stored answer.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 frame.send(line, frame.pack(header, arrays))

@@ -34,28 +34,27 @@ def seal(events: Iterable[Event], seq: int, head: str) -> tuple[bytes, str]:
     Raises:
         ValueError: an event holds NaN, or a key of the seal.
     """
-    lines = b""
+    lines: list[bytes] = []
     for event in events:
         if event.keys() & {"seq", "hash"}:
             raise ValueError("an event may not hold 'seq' or 'hash'")
         body = json.dumps({**event, "seq": seq}, allow_nan=False)[:-1].encode()
         head = _hash(head, body)
-        lines += body + f', "hash": "{head}"}}\n'.encode()
+        lines.append(body + f', "hash": "{head}"}}\n'.encode())
         seq += 1
-    return lines, head
+    return b"".join(lines), head
 
 
-def parse(content: bytes, where: str) -> tuple[list[Fields], str]:
+def parse(content: bytes, where: str, *, after: int = 0, head: str = START) -> tuple[list[Fields], str]:
     """Return the events of a journal and its head; a last line without its line end (a torn write) is left out.
 
-    Each event's ``where`` names its line.
+    Each event's ``where`` names its line. ``content`` may be what follows line ``after``, whose hash is ``head``.
 
     Raises:
         RunError: naming the first line that is damaged, changed, missing or out of place.
     """
     events: list[Fields] = []
-    head = START
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+    for number, line in enumerate(content.split(b"\n")[:-1], after + 1):
         body, sealed = line[:-_SEAL_BYTES], _SEAL.fullmatch(line[-_SEAL_BYTES:])
         found = _event(body + b"}") if sealed else None
         if found is None or sealed is None:

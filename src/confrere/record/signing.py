@@ -34,7 +34,7 @@ def sign(head: str) -> dict[str, Any] | None:
         raise ConfigError(
             f"the signing key cannot be read: {error.strerror}", where=where, fix=fix, code="signing-key"
         ) from None
-    key = _load(content, private=True, where=where, fix=fix)
+    key = load_key(content, private=True, where=where, fix=fix)
     return {"event": "signature", "of": head, "signature": key.sign(head.encode()).hex(), "key": _public(key)}
 
 
@@ -58,11 +58,17 @@ def is_signed(event: dict[str, Any], public: bytes | None = None) -> bool:
         return True
     fix = "openssl pkey -in key.pem -pubout -out public.pem"
     return bool(
-        _load(public, private=False, where="--public-key", fix=fix).public_bytes_raw() == key.public_bytes_raw()
+        load_key(public, private=False, where="--public-key", fix=fix).public_bytes_raw() == key.public_bytes_raw()
     )
 
 
-def _load(content: bytes, *, private: bool, where: str, fix: str) -> Any:
+def load_key(content: bytes, *, private: bool, where: str, fix: str) -> Any:
+    """Return the Ed25519 key of a PEM file's content.
+
+    Raises:
+        ConfigError: it is none, or has a password.
+        MissingExtraError: the package cryptography is not installed.
+    """
     _crypto()
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +49,16 @@ class Follower:
         return self._events
 
     def _grow(self) -> None:
-        new = self._new() if self._lines else b""
-        found = _follow(new, self._lines, self._head) if self._lines else None
-        if found is None:  # the first time; or another journal, or a damaged one
-            self._start()
+        where = str(self._path)
+        new = self._new() if self._lines else journal.content(self._path)
+        try:
+            events, self._head = journal.parse(new, where, after=self._lines, head=self._head)
+        except RunError:
+            if not self._lines:
+                raise
+            self._start()  # another journal, or a damaged one
             new = journal.content(self._path)
-            found = journal.parse(new, str(self._path))
-        events, self._head = found
+            events, self._head = journal.parse(new, where)
         self._bytes, self._lines = self._bytes + len(new), self._lines + len(events)
         self._events = journal.standing([*self._events, *map(_brief, events)])
 
@@ -70,24 +71,6 @@ class Follower:
         except OSError as error:
             raise _unreadable(self._path, error) from error
         return found[: found.rfind(b"\n") + 1]
-
-
-def _follow(lines: bytes, seq: int, head: str) -> tuple[Sequence[Event], str] | None:
-    """Return the events of ``lines`` and the new head; None if they do not follow line ``seq`` with hash ``head``.
-
-    Sealed once more, the same event gives the same bytes.
-    """
-    events: list[Event] = []
-    for line in lines.splitlines(keepends=True):
-        try:
-            event = {key: value for key, value in json.loads(line).items() if key not in ("seq", "hash")}
-            sealed, head = journal.seal([event], seq + len(events) + 1, head)
-        except (ValueError, AttributeError, RecursionError):  # no JSON, or no object
-            return None
-        if sealed != line:
-            return None
-        events.append(event)
-    return events, head
 
 
 def text(value: object) -> str:

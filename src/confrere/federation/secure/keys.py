@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from confrere.errors import ConfigError, MissingExtraError, UpdateRefusedError
+from confrere.errors import MissingExtraError, UpdateRefusedError
+from confrere.record.signing import load_key
 
 SIZE = 32
 """Bytes of every key, seed and shared secret."""
@@ -43,16 +44,8 @@ class Identity:
             MissingExtraError: the package cryptography is not installed.
         """
         require()
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-        try:
-            key = load_pem_private_key(pem, None)
-        except (ValueError, TypeError):  # no PEM; or one with a password
-            key = None
-        if not isinstance(key, Ed25519PrivateKey):
-            what, fix = "this is no private Ed25519 key in PEM", "openssl genpkey -algorithm ed25519 -out identity.key"
-            raise ConfigError(what, where=where, fix=fix, code="signing-key")
+        fix = "openssl genpkey -algorithm ed25519 -out identity.key"
+        key = load_key(pem, private=True, where=where, fix=fix)
         return cls._of(key.private_bytes_raw())
 
     @classmethod
