@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed check
 	$(BIN)/python -m pytest -n 2 -m "slow and not timm and not servers"
-	$(BIN)/python -m pytest -m servers
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m servers
 	$(TIMM_VENV)/bin/python -m pytest -m timm
 
 check: $(VENV)/.installed-dev

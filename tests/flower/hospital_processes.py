@@ -170,6 +170,14 @@ class Hospitals:
             found |= tensors(self.state / site / job)
         return found
 
+    def compare(self, out: Path, *overrides: str) -> int:
+        """Compare a run across hospitals with the same one in one process; return how many tensor files that has."""
+        found, one = self.bytes_of(out), self.bytes_in_one_process(*overrides)
+        extra = {file for file in found if "adapters/general/" in file}  # only the coordinator has one for everybody
+        assert {file: found[file] for file in found.keys() - extra} == one
+        assert all(any(f"sites/{site}/" in file for file in one) for site in SITES)
+        return len(one)
+
     def bytes_in_one_process(self, *overrides: str) -> dict[str, str]:
         """Return the same of ``confrere run`` on the data of all three."""
         one = self.folder / "-".join(["one", *(hashlib.sha256(o.encode()).hexdigest()[:8] for o in overrides)])

@@ -107,3 +107,16 @@ def test_a_failure_of_flowers_client_is_an_error_of_ours(tmp_path: Path) -> None
     with pytest.raises(RunError, match="flwr supernode list failed") as caught:
         flwr(["supernode", "list", "nowhere"], environment(tmp_path))
     assert caught.value.code == "flower"
+
+
+def test_a_message_needs_no_database_nor_web_server() -> None:
+    """The package of Flower's commands for sites imports both; that would be a third of a message's time."""
+    code = """
+import sys
+from confrere.flower.child import hollow
+hollow("flwr.supernode.cli")
+from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+assert callable(flwr_clientapp)
+sys.exit("sqlalchemy" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

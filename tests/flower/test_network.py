@@ -13,7 +13,7 @@ from members import SITES
 
 pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(900)]
 DELAY, LOSS, CUT = 0.05, 0.02, 20.0
-METHOD = ("method=fedopal",)
+METHOD = ("method=fedopal", "selection.every=2")
 
 
 @pytest.fixture
