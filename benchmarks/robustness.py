@@ -41,7 +41,7 @@ from confrere.config import override, validate
 from confrere.data.appearance import mark
 from confrere.errors import RunError
 from confrere.federation.robust import RULES
-from confrere.job import Task, open_data, prepare, train
+from confrere.job import Prepared, open_data, prepare, train
 from confrere.record.files import read_json, read_state, write_json
 from confrere.record.machine import machine
 from confrere.record.run import Run
@@ -93,7 +93,7 @@ def poison(attack: str, target: str, args: argparse.Namespace) -> list[str]:
 
 
 @functools.cache
-def prepared(data: str, out: Path, fixed: tuple[str, ...]) -> Task:
+def prepared(data: str, out: Path, fixed: tuple[str, ...]) -> Prepared:
     """Return data and backbone of one seed, read once a process."""
     experiment = validate(override({"path": data}, fixed))
     torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def score(folder: Path, sites: list[str]) -> float:
     return float(np.mean([(said[labels == k] == k).mean() for k in np.unique(labels)]))
 
 
-def deceived(task: Task, folder: Path) -> float:
+def deceived(task: Prepared, folder: Path) -> float:
     """Return the share of marked test images, of all classes but the first, that are taken for the first class."""
     method, server, hits = task.method, Run(folder).server(task.experiment.rounds), []
     for site in task.federation.sites:

@@ -186,14 +186,15 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=0, help="trials of tuning, for every method")
     parser.add_argument("--methods", help="a,b:key=value instead of those of the comparison")
     parser.add_argument("--page", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="key.path=value, e.g. engine.precision=fp32")
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     table = prepare(args.data, args.out / "data")
     found = {}
     for name in args.only or ("methods", "variants"):
         methods, settings = COMPARISONS[name]
         methods = tuple(args.methods.split(",")) if args.methods else methods
-        experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, settings))
+        experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, [*settings, *args.overrides]))
         with progress(quiet=False) as notify:
             options = {"jobs": args.jobs, "trials": args.tune, "controls": False, "notify": notify}
             found[name] = compare(experiment, methods, SEEDS, args.out / name, **options)

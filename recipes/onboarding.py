@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--page", type=Path)
     parser.add_argument("overrides", nargs="*", help="key.path=value, e.g. engine.precision=fp32")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     lines: list[str] = []
     for site in args.sites.split(","):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from confrere import methods as _methods  # noqa: F401  fills the registry
 from confrere.method import METHODS, Method, make
 
-VARIANTS: dict[str, Method] = {name: make(name) for name in sorted(METHODS)}
+# Noise from the operating system is not the same twice, and nobody tells these methods how many sites there are.
+CHOSEN = {"dpfed": {"noise_seed": 1, "sigma": 1e-6, "cohort": 3.0}}
+# What an experiment has to say before such a method is let in; others need nothing.
+PRIVATE = {"federation": {"weights": "equal"}, "gate": {"norm": 0.0, "factor": 0.0}, "privacy": {"delta": 1e-3}}
+VARIANTS: dict[str, Method] = {name: make(name, CHOSEN.get(name)) for name in sorted(METHODS)}
 VARIANTS |= {
     "fedopal-local-head": make("fedopal", {"head": "local"}),
     "fedopal-ffa": make("fedopal", {"aggregation": "ffa", "warmup": 0}),
@@ -35,6 +39,7 @@ VARIANTS |= {
     "data-vectors-own": make("data-vectors", {"predicts": "own"}),
     "med-duallora-shared-head": make("med-duallora", {"head": "shared"}),
     "sdflora-local-head": make("sdflora", {"head": "local"}),
+    "dpfed-plain": make("dpfed", {"noise_seed": 2, "sigma": 1e-6, "cohort": 2.0, "post": 0.0, "clip": 10.0}),
     "fedrep-much-head": make("fedrep", {"head_share": 0.9}),
     "fedrep-little-head": make("fedrep", {"head_share": 0.1}),
     "ditto-far": make("ditto", {"lam": 0.0, "share": 0.3}),

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tiny_federation import CLASSES, initial_params, tiny_backbone, tiny_data
 
 from confrere.errors import TrainingError
-from confrere.learner import AdamW, Learner, TrainSettings, predict
+from confrere.learner import Learner, TrainSettings, predict
 from confrere.method import make
+from confrere.optimiser import AdamW
 from confrere.tensors import Tensors, digest
 from confrere.tokenset import Batch, TokenSet
 

@@ -71,7 +71,7 @@ class TrainChoice(Part):
     batch_size: int = Field(default=16, ge=1, le=4096)
     steps: int = Field(default=10, ge=1)
     balance: Literal["sampling", "weights", "none"] = "sampling"
-    loss: Literal["cross-entropy", "focal"] = "cross-entropy"
+    loss: str = ""
     clip: float = Field(default=1.0, gt=0)
     views: Literal[1, 2, 4, 8] = 1
 
@@ -79,12 +79,15 @@ class TrainChoice(Part):
 class FederationChoice(Part):
     """Who takes part, and how what they send is combined.
 
+    ``sampling``: ``fixed`` draws a ``fraction`` of all sites a round, ``poisson`` every site by itself with that
+    chance, so that a round may have nobody. See :func:`confrere.federation.sampling.sample`.
     ``weights``: a site counts by its training ``images`` or every site ``equal``. ``rule``: see
     :data:`confrere.federation.robust.RULES`; one other than ``mean`` gives all sites the same weight and is defined
     for up to ``byzantine`` sites that send anything. ``canonical``: express every site's factors in the gauge of what
     was broadcast before they are combined, so that a rescaled pair (c A, B / c) changes nothing.
     """
 
+    sampling: Literal["fixed", "poisson"] = "fixed"
     fraction: float = Field(default=1.0, gt=0, le=1)
     min_replies: int = Field(default=1, ge=1)
     weights: Literal["images", "equal"] = "images"
@@ -115,6 +118,17 @@ class SecureChoice(Part):
     aggregation: bool = False
     threshold: int = Field(default=0, ge=0)
     clip: float = Field(default=0.0, ge=0)
+
+
+class PrivacyChoice(Part):
+    """The budget of a method that hides who took part; see docs/privacy.md. Other methods have none.
+
+    ``epsilon``: a run ends before a round that would exceed it, counted without amplification; 0 never. ``delta``: has
+    to be given, well below one over the number of sites.
+    """
+
+    epsilon: float = Field(default=0.0, ge=0)
+    delta: float = Field(default=0.0, ge=0, lt=1)
 
 
 class AttackChoice(Part):

@@ -1,4 +1,4 @@
-"""``confrere onboard`` and ``confrere ranks``: thin, and without heavy imports until they run."""
+"""``confrere onboard``, ``ranks``, ``verify``, ``doctor`` and ``epsilon``: thin, and without heavy imports until they run."""
 
 from __future__ import annotations
 
@@ -88,9 +88,28 @@ def doctor(
     raise typer.Exit(code)
 
 
+def epsilon(
+    sigma: Annotated[float, typer.Option(help="noise, in units of the clip", min=0)],
+    rounds: Annotated[int, typer.Option(help="releases; one that is done again counts again", min=1)],
+    delta: Annotated[float, typer.Option(help="well below 1/sites")],
+    sites: Annotated[int, typer.Option(help="hospitals", min=1)],
+    parameters: Annotated[int, typer.Option(help="numbers that a hospital sends a round", min=0)],
+    fraction: Annotated[float, typer.Option(help="chance of a hospital to be drawn in a round")] = 1.0,
+    target: Annotated[float, typer.Option(help="epsilon whose sigma is wanted too; 0: none", min=0)] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say what hiding whole hospitals would cost: epsilon, and how loud the noise is; nothing is trained."""
+    from confrere.privacy.planning import lines, plan
+
+    options = {"sigma": sigma, "fraction": fraction, "delta": delta, "target": target}
+    found = plan(**options, rounds=rounds, sites=sites, parameters=parameters)
+    typer.echo(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
+
+
 def add_to(app: typer.Typer) -> None:
     """Give ``app`` these commands."""
     app.command()(onboard)
     app.command()(ranks)
     app.command()(verify)
     app.command()(doctor)
+    app.command()(epsilon)

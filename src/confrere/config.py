@@ -22,28 +22,32 @@ from confrere.choices import (
     FederationChoice,
     GateChoice,
     Part,
+    PrivacyChoice,
     RecordChoice,
     SecureChoice,
     SelectionChoice,
     TrainChoice,
 )
+from confrere.consistency import check_choices
 from confrere.data.options import DataOptions
 from confrere.errors import ConfigError, nearest
 from confrere.federation.defence import Defence
 from confrere.federation.secure.exchange import Secure
-from confrere.federation.secure.settings import check_alone, check_method, hides
-from confrere.method import METHODS, Method, defaults, make
+from confrere.federation.secure.settings import hides
+from confrere.method import Method, defaults, make
+from confrere.tasks import TASKS, Task, make_task
 
 _DEEPEST = 8  # tables above a key
-MAY_DIFFER = ("adapter", "attack", "backbone", "engine", "federation", "gate", "secure", "train")
+MAY_DIFFER = ("adapter", "attack", "backbone", "engine", "federation", "gate", "privacy", "secure", "train")
 """Tables whose keys a method's label may set in a comparison, but for those that change how many steps are taken."""
-STEPS = ("train.steps", "federation.fraction")
+STEPS = ("train.steps", "federation.fraction", "federation.sampling")
 
 
 class Experiment(Part):
     """All choices of one run."""
 
     path: str = Field(min_length=1)
+    task: dict[str, Any] = Field(default={"name": "classification"})
     method: dict[str, Any] = Field(default={"name": "fedopal"})
     seed: int = Field(default=0, ge=0, lt=2**31)
     split_seed: int = Field(default=0, ge=0, lt=2**31)
@@ -59,11 +63,18 @@ class Experiment(Part):
     federation: FederationChoice = FederationChoice()
     gate: GateChoice = GateChoice()
     secure: SecureChoice = SecureChoice()
+    privacy: PrivacyChoice = PrivacyChoice()
     attack: AttackChoice = AttackChoice()
     selection: SelectionChoice = SelectionChoice()
     record: RecordChoice = RecordChoice()
     engine: EngineChoice = EngineChoice()
     data: DataOptions = DataOptions()
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task_named(cls, value: object) -> object:
+        """Accept a bare name."""
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("method", mode="before")
     @classmethod
@@ -73,59 +84,29 @@ class Experiment(Part):
             return {"name": value}
         return {"name": "fedopal", **value} if isinstance(value, dict) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _data_of_task(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Read of the data what the task learns, unless that is given."""
+        given, data = values.get("task"), values.get("data", {})
+        name = given.get("name") if isinstance(given, dict) else given
+        if name in TASKS and isinstance(data, dict):
+            return {**values, "data": {"target": TASKS[str(name)].target, **data}}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        if len(set(self.controls)) != len(self.controls):
-            raise ConfigError("a control is named twice", where="controls", fix="name each once", code="named-twice")
-        # A comparison, which has no controls, may set such a method beside others.
-        if self.hold_out and self.controls and not self.build_method().has_general():
-            raise ConfigError(
-                f"{self.method['name']} makes no general model: a held-out site could not be scored",
-                where="hold_out",
-                fix="use a method that shares its head, or leave hold_out out",
-                code="no-general-model",
-            )
-        for method in (self.build_method(), *map(make, self.controls)):
-            method.check(self.train.steps, self.rounds)
-            if min([self.adapter.rank, *self.adapter.ranks.values()]) < len(method.slots):
-                raise ConfigError(
-                    f"a rank of less than {len(method.slots)} cannot be divided among the adapters of {method.name}",
-                    where="adapter.rank",
-                    fix=f"use at least {len(method.slots)}",
-                    code="rank",
-                )
-            if self.adapter.ranks and not (method.unequal or method.pools):
-                able = ", ".join(sorted(name for name, cls in METHODS.items() if cls.unequal))
-                raise ConfigError(
-                    f"{method.name} cannot carry adapters of different ranks",
-                    where="adapter.ranks",
-                    fix=f"leave adapter.ranks out, or use one of: {able}",
-                    code="rank",
-                )
-            self._refuse_depths(method)
-        if self.secure.aggregation:
-            check_method(self.build_method(), unequal=bool(self.adapter.ranks or self.backbone.depths))
-            check_alone(self.federation, self.gate, self.attack)
+        check_choices(self)
         return self
-
-    def _refuse_depths(self, method: Method) -> None:
-        """Refuse other depths for methods that cannot carry them, for a site held out, and too few blocks."""
-        few = [site for site, depth in self.backbone.depths.items() if depth < self.adapter.blocks]
-        if self.backbone.depths and not (method.depths or method.pools):
-            able = ", ".join(sorted(name for name, cls in METHODS.items() if cls.depths))
-            what, fix = f"{method.name} cannot carry different depths", f"leave it out, or use one of: {able}"
-            raise ConfigError(what, where="backbone.depths", fix=fix)
-        if self.hold_out in self.backbone.depths:
-            what = "a held-out site only tests a model that all share, which has one depth"
-            raise ConfigError(what, where=f"backbone.depths.{self.hold_out}", fix="leave it out")
-        if few:
-            what = f"{self.adapter.blocks} blocks cannot be adapted when {self.backbone.depths[few[0]]} are kept"
-            raise ConfigError(what, where=f"backbone.depths.{few[0]}", fix="keep more, or use a smaller adapter.blocks")
 
     @property
     def other_controls(self) -> list[str]:
         """Return the controls that are trained beside the method: one that is the method itself is there already."""
         return [name for name in self.controls if name != self.method["name"]]
+
+    def build_task(self) -> Task:
+        """Return what this experiment predicts."""
+        return make_task(self.task)
 
     def build_method(self) -> Method:
         """Return the method this experiment trains."""

@@ -48,6 +48,7 @@ def examine_sites(
             sites[reply.site]["models"][model] = reply.metrics["metrics"]
             if model == "personalised" or reply.site == experiment.hold_out:
                 sites[reply.site] |= {k: v for k, v in reply.metrics.items() if k != "metrics"}
+    task = experiment.build_task()
     events = [e for e in run.events() if e["event"] == "round"]
     for name, entry in sites.items():
         entry["held_out"] = name == experiment.hold_out
@@ -63,18 +64,15 @@ def examine_sites(
         "round": round_,
         "rounds": len(events),
         "held_out": experiment.hold_out,
+        "task": task.describe(),
         "classes": list(classes),
         "method_info": describe_method(method),
         "sites": sites,
-        "summary": {m: _summary(sites, m) for m in ("personalised", "general")},
+        "summary": {m: _summary(sites, m, task.headline) for m in ("personalised", "general")},
         "machine": machine(),
     }
 
 
-def _summary(sites: Mapping[str, Any], model: str) -> dict[str, Any] | None:
-    values = {
-        name: entry["models"][model]["balanced_accuracy"]["value"]
-        for name, entry in sites.items()
-        if entry["models"][model]
-    }
+def _summary(sites: Mapping[str, Any], model: str, metric: str) -> dict[str, Any] | None:
+    values = {name: entry["models"][model][metric]["value"] for name, entry in sites.items() if entry["models"][model]}
     return summary(values) if values else None

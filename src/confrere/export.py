@@ -70,6 +70,7 @@ def export_model(folder: Path, method: Method, backbone: Backbone, params: Tenso
             "site": about.site,
             "model": about.model,
             "classes": list(about.classes),
+            "task": backbone.task.choice(),
             "pool": backbone.pool,
             "precision": backbone.precision,
             "temperature": about.temperature,

@@ -61,6 +61,7 @@ def begin(out: Path, experiment: Experiment, federation: Federation, *, accept_d
         "name": federation.name,
         "synthetic": federation.synthetic,
         "classes": list(federation.classes),
+        "strata": list(federation.strata),
         "image_size": list(federation.image_size),
         "digest": federation.digest,
         "sheet": federation.sheet,

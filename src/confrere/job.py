@@ -19,6 +19,7 @@ from confrere.data.paths import RESERVED as POOLED
 from confrere.examination import examine_sites
 from confrere.export import export_adapters
 from confrere.federation.attacks import DATA, Attacked, flip_labels
+from confrere.federation.budget import budget_of
 from confrere.federation.gate import Gate
 from confrere.federation.loop import Plan, federate
 from confrere.federation.sampling import cohort_size
@@ -44,7 +45,7 @@ Notify = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Prepared:
     """An experiment with its data read and its backbones loaded, for one method.
 
     ``backbones`` are one object for all sites of the same depth; the server's, the deepest, stands under "".
@@ -92,7 +93,7 @@ def run_experiment(
         federation = open_data(experiment, out)
         torch.set_num_threads(threads(experiment, federation))
         begin(out, experiment, federation, accept_drift=accept_drift)
-        notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
+        notify({"event": "data", "sheet": federation.sheet})
         names = [str(experiment.method["name"]), *experiment.other_controls]
         for name, part in zip(names, trainings(out, experiment), strict=True):
             if not (part / "results.json").exists():
@@ -118,7 +119,7 @@ def load_backbones(experiment: Experiment, federation: Federation) -> dict[str, 
     return {name: made[depth] for name, depth in depths.items()}
 
 
-def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Task:
+def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Prepared:
     """Load the backbones for the method's adapters and compute (or find) every image's frozen prefix."""
     method = experiment.build_method()
     torch.set_num_threads(experiment.threads or cores())  # bits of the prefix do not depend on it
@@ -133,10 +134,10 @@ def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> T
         site.name: tokens(backbones[site.name], site, classes, cache, progress, views[site.name])
         for site in federation.sites
     }
-    return Task(experiment=experiment, method=method, federation=federation, backbones=backbones, data=data)
+    return Prepared(experiment=experiment, method=method, federation=federation, backbones=backbones, data=data)
 
 
-def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
+def train(task: Prepared, path: Path, notify: Notify = lambda event: None) -> None:
     """Train in this process: run the rounds, examine the chosen one, export every site's adapters."""
     run, experiment, method = Run(path), task.experiment, task.method
     sites = {name: make_site(task, name, run) for name in task.data}
@@ -160,7 +161,7 @@ def train(task: Task, path: Path, notify: Notify = lambda event: None) -> None:
 
 
 def lead(
-    task: Task,
+    task: Prepared,
     run: Run,
     transport: Transport,
     weights: Mapping[str, float],
@@ -183,25 +184,30 @@ def lead(
     """
     experiment, method, started = task.experiment, task.method, time.perf_counter()
     write_json(run.path / "backbone.json", task.describe())
+    way = plan(task, run_stamp)
     server = method.init_server(initial(task, ""))
+    if way.budget is not None:
+        server = method.expecting(server, way.budget.expected)
     if not any(event["event"] == "inputs" for event in run.events()):
         run.append(inputs(experiment, task.federation, task.describe()))
     over = attacked(transport, experiment) if method.sends and not method.pools else transport
     gate = make_gate(task, weights, run_stamp)
     defence = experiment.build_defence(roster, run.path / SUMS)
-    federate(method, server, over, plan(task, run_stamp), run, notify, gate=gate, defence=defence)
+    federate(method, server, over, way, run, notify, gate=gate, defence=defence)
     chosen = best_round(run.events())
     notify({"event": "examine", "round": chosen})
     names = [site.name for site in task.federation.sites]
     results = examine_sites(experiment, task.federation.classes, names, run, transport, chosen)
+    if way.budget is not None:
+        results["privacy"] = way.budget.record(method, run)
     export(results, chosen)
     results["seconds"] = round(time.perf_counter() - started, 1)
     finish(run, run.path, results)
 
 
-def plan(task: Task, run_stamp: str) -> Plan:
+def plan(task: Prepared, run_stamp: str) -> Plan:
     """Return how many rounds a task takes, and who trains and judges."""
-    experiment, pools = task.experiment, task.method.pools
+    experiment, pools, training = task.experiment, task.method.pools, tuple(task.training_sites)
     return Plan(
         rounds=experiment.rounds,
         seed=experiment.seed,
@@ -211,12 +217,14 @@ def plan(task: Task, run_stamp: str) -> Plan:
         patience=experiment.selection.patience,
         run=run_stamp,
         keep=experiment.record.keep,
-        train=(POOLED,) if pools else tuple(task.training_sites),
-        judge=tuple(task.training_sites),
+        train=(POOLED,) if pools else training,
+        judge=training,
+        sampling="fixed" if pools else experiment.federation.sampling,
+        budget=budget_of(task.method, experiment.federation, experiment.privacy, len(training)),
     )
 
 
-def make_gate(task: Task, weights: Mapping[str, float], run_stamp: str) -> Gate:
+def make_gate(task: Prepared, weights: Mapping[str, float], run_stamp: str) -> Gate:
     """Return what every answer passes; sites of equal rank and depth send the same form, drawn once."""
     experiment, forms = task.experiment, dict[tuple[int, int], Tensors]()
 
@@ -247,7 +255,7 @@ def finish(run: Run, path: Path, results: Mapping[str, Any]) -> None:
     write_bytes(path / "results.json", content)
 
 
-def make_site(task: Task, name: str, run: Run) -> Site:
+def make_site(task: Prepared, name: str, run: Run) -> Site:
     """Return one simulated hospital, or the pooled one."""
     experiment, choice = task.experiment, task.experiment.train
     data = join([task.data[s] for s in task.training_sites]) if name == POOLED else task.data[name]
@@ -277,10 +285,11 @@ def make_site(task: Task, name: str, run: Run) -> Site:
     )
 
 
-def initial(task: Task, site: str) -> Tensors:
+def initial(task: Prepared, site: str) -> Tensors:
     """Return what is trained, before training; see :func:`confrere.initial.initial_params`."""
-    rank_of, classes = task.experiment.adapter.rank_of, len(task.federation.classes)
-    options = {"classes": classes, "rank": rank_of(site), "full": rank_of(""), "seed": task.experiment.seed}
+    rank_of = task.experiment.adapter.rank_of
+    outputs = task.experiment.build_task().outputs(len(task.federation.classes))
+    options = {"outputs": outputs, "rank": rank_of(site), "full": rank_of(""), "seed": task.experiment.seed}
     return initial_params(task.backbone_of(site), task.method, site, **options)
 
 
@@ -288,4 +297,4 @@ def compare_with_controls(out: Path, experiment: Experiment) -> dict[str, Any]:
     """Return the verdicts on a run: its comparison with each control at every site that trained."""
     controls = {path.name: path for path in trainings(out, experiment)[1:]}
     sites = [s for s, entry in read_json(out / "results.json")["sites"].items() if not entry["held_out"]]
-    return verdicts(out, controls, sites, seed=experiment.seed)
+    return verdicts(out, controls, sites, seed=experiment.seed, metric=experiment.build_task().headline)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from confrere.backbones import Backbone
 from confrere.errors import TrainingError
-from confrere.objectives import Objective, class_weights, objective
+from confrere.objectives import class_weights
+from confrere.optimiser import AdamW
 from confrere.seeds import numpy_generator, torch_generator
+from confrere.tasks import Objective
 from confrere.tensors import Tensors
 from confrere.tokenset import Batch, TokenSet, feed
 
@@ -29,7 +30,7 @@ class TrainSettings:
         batch_size: images a step. steps: optimiser steps a round, the same for every method.
         balance: ``sampling`` draws classes equally often (with replacement), ``weights`` shuffles and weights the
             loss by inverse class counts, ``none`` shuffles.
-        loss: ``cross-entropy`` or ``focal``.
+        loss: one of the task's; empty: its first.
         clip: largest gradient norm of a step.
         views: in how many orientations training images are seen: 2 mirrored, 4 also upside down, 8 also turned.
     """
@@ -39,48 +40,9 @@ class TrainSettings:
     batch_size: int = 16
     steps: int = 10
     balance: str = "sampling"
-    loss: str = "cross-entropy"
+    loss: str = ""
     clip: float = 1.0
     views: int = 1
-
-
-class AdamW:
-    """torch's AdamW by its functional form: the class imports the compiler, which every start would wait for.
-
-    The same bits as ``torch.optim.AdamW`` with its default moments and epsilon; a tensor without gradient stays.
-    """
-
-    def __init__(self, params: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
-        self.params, self.lr, self.weight_decay = params, lr, weight_decay
-        self.state = [(torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for p in params]
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for param in self.params:
-            param.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move every tensor that has a gradient."""
-        moved = [(p, p.grad, *state) for p, state in zip(self.params, self.state, strict=True) if p.grad is not None]
-        if not moved:
-            return
-        params, grads, means, squares, steps = map(list, zip(*moved, strict=True))
-        adamw(
-            params,
-            grads,
-            means,
-            squares,
-            [],
-            steps,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            eps=1e-8,
-            maximize=False,
-        )
 
 
 @dataclass
@@ -215,18 +177,20 @@ class Learner:
 
     def _objective(self, rows: np.ndarray | None = None) -> Objective:
         """Return the loss of a training batch, or that whose mean over ``rows`` is what training minimises."""
+        task = self.backbone.task
+        name = self.settings.loss or task.losses[0]
         weighted = ("weights",) if rows is None else ("weights", "sampling")
-        if self.settings.balance not in weighted:
-            return objective(self.settings.loss)
+        if self.settings.balance not in weighted or not task.weighted:
+            return task.objective(name)
         rows = self.data.rows("train") if rows is None else rows
         counts = np.bincount(self.data.labels[rows], minlength=len(self.data.classes))
-        name = "weighted-cross-entropy" if self.settings.loss == "cross-entropy" else self.settings.loss
-        return objective(name, class_weights(counts.tolist()).to(self.backbone.device))
+        return task.objective(name, class_weights(counts.tolist()).to(self.backbone.device))
 
     def features(self, params: Tensors, batch: Batch) -> Tensor:
-        """Return pooled features (B, feature_dim) of a batch, without dropout."""
+        """Return pooled features (B, feature_dim) of a batch, without dropout; dense ones as their mean."""
         with self.backbone.dropout(None):
-            return self.backbone.features(params, batch.tokens)
+            found = self.backbone.features(params, batch.tokens)
+        return found.mean((1, 2)) if self.backbone.task.dense else found
 
 
 def _accumulate(into: dict[str, Tensor], trained: Tensors, weight: float) -> None:
@@ -255,17 +219,18 @@ def predict(
     batch_size: int = 64,
     scores: Scores = Backbone.logits,
 ) -> Tensor:
-    """Return logits (len(rows), classes) without gradient or dropout; ``scores`` is a method's way to predict.
+    """Return outputs (len(rows), classes, ...), packed as the task does; ``scores`` is a method's way to predict.
 
     Raises:
         TrainingError: a logit is not finite, which finite but exploded weights can give.
     """
+    parts = []
     with torch.no_grad():
-        parts = [
-            scores(backbone, params, data.batch(rows[i : i + batch_size]).tokens).cpu()
-            for i in range(0, len(rows), batch_size)
-        ]
-    return refuse_infinite(torch.cat(parts) if parts else torch.zeros(0, len(data.classes)))
+        for i in range(0, len(rows), batch_size):
+            found = scores(backbone, params, data.batch(rows[i : i + batch_size]).tokens).cpu()
+            parts.append(backbone.task.pack(refuse_infinite(found)))
+    size = backbone.image_size if backbone.task.dense else ()
+    return torch.cat(parts) if parts else torch.zeros(0, backbone.task.outputs(len(data.classes)), *size)
 
 
 def refuse_infinite(logits: Tensor) -> Tensor:

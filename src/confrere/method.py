@@ -89,6 +89,8 @@ class Method:
     """What stays at a site besides the slots that are not shared, in words for reports."""
     keeps: ClassVar[tuple[str, ...] | None] = None
     """All that stays at a site, in words, where :meth:`shared` cannot tell: instead of what it says stays."""
+    targets: ClassVar[tuple[str, ...]] = ("label", "mask", "time")
+    """What it can learn; those that look at labels, features or heads of one form themselves name less."""
     closed_form: ClassVar[bool] = False
     """True for a method that solves instead of taking steps: no learning rate reaches it."""
     pools: ClassVar[bool] = False
@@ -145,6 +147,21 @@ class Method:
     def plausible(self, payload: State) -> bool:
         """Return whether numbers that are no weights, such as an index, can be meant; their form is right already."""
         return True
+
+    def admissible(self, payload: State, received: State) -> bool:
+        """Return whether a site that ``received`` this may send that: a bound that looks at no other site's answer."""
+        return True
+
+    def release(self) -> dict[str, Any]:
+        """Return what the journal debits a round, if aggregates hide that a site took part; nothing if they do not.
+
+        An aggregate of such a method is made of any number of replies, also of none.
+        """
+        return {}
+
+    def expecting(self, server: State, sites: float) -> State:
+        """Return the server's state before round 1, told how many sites are expected a round."""
+        return server
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Return the server's new state from replies sorted by site: the weighted mean of what was sent."""

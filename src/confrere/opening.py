@@ -12,6 +12,7 @@ from confrere.data.federation import Federation, load_federation
 from confrere.data.numbers import holds_numbers
 from confrere.errors import ConfigError, nearest
 from confrere.federation.attacks import check_attack
+from confrere.federation.budget import budget_of
 from confrere.federation.robust import check_rule
 from confrere.federation.sampling import cohort_size
 from confrere.federation.secure.settings import check_cohort
@@ -51,6 +52,7 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
             code="quorum",
         )
     chosen, unequal = experiment.federation, bool(experiment.adapter.ranks or spec.depths)
+    budget_of(experiment.build_method(), chosen, experiment.privacy, trainers)
     check_rule(experiment.build_method(), chosen.rule, chosen.byzantine, asked, unequal=unequal)
     if experiment.masked:
         check_cohort(asked, experiment.secure.threshold)
@@ -105,4 +107,5 @@ def load_backbone(experiment: Experiment, federation: Federation, depth: int | N
         sha256=spec.sha256,
         device=experiment.engine.device,
         precision=experiment.engine.precision,
+        task=experiment.build_task(),
     )

@@ -22,7 +22,9 @@ from confrere.data.options import DataOptions
 from confrere.data.paths import Root
 from confrere.errors import BackboneError, DataError, RunError
 from confrere.method import Method, make
+from confrere.pictures import outlined, placed, png
 from confrere.record.files import read_json, write_bytes
+from confrere.tasks import make_task
 from confrere.tensors import Tensors
 
 
@@ -64,8 +66,14 @@ class Predictor:
             pool=self.info["pool"],
             precision=self.info["precision"],
             sha256=self.info["backbone_sha256"],
+            task=make_task(self.info["task"]),
         )
         self._try(folder)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of what is predicted: the classes, or times."""
+        return self.backbone.task.columns(self.classes)
 
     def _try(self, folder: Path) -> None:
         """Refuse tensors that do not fit the backbone or the classes: one empty image must get finite scores."""
@@ -80,14 +88,14 @@ class Predictor:
             ) from error
         except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:  # torch's and the methods' own
             raise _unfit(folder) from error
-        if found.shape != (1, len(self.classes)) or not np.isfinite(found).all():
+        if found.shape[:2] != (1, len(self.columns)) or not np.isfinite(found).all():
             raise _unfit(folder)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Return calibrated probabilities (B, K) of decoded images (B, H, W, 3) uint8."""
+        """Return calibrated probabilities (B, K), of masks (B, K, H, W), of decoded images (B, H, W, 3) uint8."""
         with torch.no_grad():
             logits = self.method.scores(self.backbone, self.params, self.backbone.prefix(images)).double()
-        return np.asarray((logits / self.info["temperature"]).softmax(1))
+        return self.backbone.task.chances(logits, self.info["temperature"])
 
     def overlay(self, image: np.ndarray) -> bytes:
         """Return a PNG of one decoded image (H, W, 3) beside where the model looks.
@@ -95,8 +103,6 @@ class Predictor:
         Raises:
             RunError: the method predicts by more than one pass, and a map of one would show another model.
         """
-        from PIL import Image
-
         self.refuse_overlays()
         with torch.no_grad():
             looks = self.backbone.attention(self.params, self.backbone.prefix(image[None]))[0]
@@ -105,11 +111,7 @@ class Predictor:
         tint = np.array([230.0, 85.0, 13.0])
         alpha = 0.75 * heat[..., None]
         mixed = (image.mean(-1, keepdims=True) * (1 - alpha) + tint * alpha).clip(0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        scale = max(1, 336 // image.shape[0])
-        pair = Image.fromarray(np.concatenate([image, mixed], axis=1))
-        pair.resize((pair.width * scale, pair.height * scale), Image.Resampling.BICUBIC).save(buffer, format="PNG")
-        return buffer.getvalue()
+        return png(np.concatenate([image, mixed], axis=1))
 
     def refuse_overlays(self) -> None:
         """Raise RunError unless what predicts is one pass of one model, which a map can show."""
@@ -130,6 +132,7 @@ class _Info(BaseModel):
     classes: list[str] = Field(min_length=2)
     slots: list[str] = Field(min_length=1)
     method: dict[str, Any]
+    task: dict[str, Any] = {"name": "classification"}
     backbone: str
     backbone_sha256: str
     depth: int
@@ -152,7 +155,7 @@ def _info(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{key}: {first['msg']}", where=str(path), fix="put the exported file back", code="run-file"
         ) from error
-    return {**found, "image_size": tuple(checked.image_size)}
+    return {**found, "task": checked.task, "image_size": tuple(checked.image_size)}
 
 
 def _below(folder: Path, name: str) -> Path:
@@ -203,13 +206,16 @@ def predict_folder(
 ) -> tuple[int, list[str]]:
     """Write a CSV of calibrated probabilities, one row an image, and overlays of the first images.
 
+    Of a model for masks: a CSV with each class's share of the pixels, and beside it a folder of masks, as large as the
+    images; what the model did not see, as it was cut off, is background. An overlay shows the mask's outline.
+
     Returns the number of rows and one line per file that could not be read; such files are left out.
 
     Raises:
         DataError: no image could be read. RunError: the site has no adapters, or its method no overlays.
     """
     predictor = Predictor(run, site)
-    if overlays:
+    if overlays and not predictor.backbone.task.dense:
         predictor.refuse_overlays()
     if predictor.backbone.anatomy.accept is not None:
         raise DataError(
@@ -219,41 +225,53 @@ def predict_folder(
             code="prediction",
         )
     files = image_files(source)
-    images, names, problems = _decode(files, source, predictor.backbone.image_size)
+    images, names, sizes, problems = _decode(files, source, predictor.backbone.image_size)
     if not images:
         raise DataError(
             "none of the files is a readable image", where=str(source), fix="\n  ".join(problems[:5]), code="prediction"
         )
     rows: list[np.ndarray] = []
+    dense = predictor.backbone.task.dense
     for start in range(0, len(images), batch_size):
-        rows.extend(predictor.probabilities(np.stack(images[start : start + batch_size])))
-    write_bytes(out, _csv(names, rows, predictor.classes))
-    for i in range(min(overlays, len(images))):
-        folder = out.with_name(out.stem + "_overlays")
-        write_bytes(folder / f"{i:04d}.png", predictor.overlay(images[i]))
+        found = predictor.probabilities(np.stack(images[start : start + batch_size]))
+        for i, chances in enumerate(found, start):
+            if dense:
+                mask = chances.argmax(0).astype(np.uint8)
+                write_bytes(out.with_name(out.stem + "_masks") / f"{i:04d}.png", png(placed(mask, sizes[i])))
+                chances = np.bincount(mask.ravel(), minlength=len(predictor.classes)) / mask.size
+            if i < overlays:
+                seen = png(outlined(images[i], mask)) if dense else predictor.overlay(images[i])
+                write_bytes(out.with_name(out.stem + "_overlays") / f"{i:04d}.png", seen)
+            rows.append(chances)
+    write_bytes(out, _csv(names, rows, predictor.columns, named=predictor.backbone.task.target != "time"))
     return len(images), problems
 
 
-def _decode(files: Sequence[Path], root: Path, size: tuple[int, int]) -> tuple[list[np.ndarray], list[str], list[str]]:
-    images, names, problems = [], [], []
+def _decode(
+    files: Sequence[Path], root: Path, size: tuple[int, int]
+) -> tuple[list[np.ndarray], list[str], list[tuple[int, int]], list[str]]:
+    images, names, sizes, problems = [], [], [], []
     limit, guard = DataOptions().max_pixels, Root(root)
     for file in files:
         name = file.name if file == root else str(file.relative_to(root))
         try:
             if file != root and not guard.holds(file):
                 raise BadImageError("link leading out of the folder")
-            images.append(decode(read_picture(file, max_pixels=limit), size, max_pixels=limit).pixels)
+            found = decode(read_picture(file, max_pixels=limit), size, max_pixels=limit)
+            images.append(found.pixels)
+            sizes.append((found.height, found.width))
             names.append(name)
         except BadImageError as error:
             problems.append(f"{name}: {error}")
-    return images, names, problems
+    return images, names, sizes, problems
 
 
-def _csv(names: Sequence[str], rows: Sequence[np.ndarray], classes: Sequence[str]) -> bytes:
+def _csv(names: Sequence[str], rows: Sequence[np.ndarray], columns: Sequence[str], *, named: bool) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "predicted", *classes])
+    writer.writerow(["file", *(["predicted"] if named else []), *columns])
     for name, row in zip(names, rows, strict=True):
         safe = f"./{name}" if name[0] in "=+-@" else name  # the same file, and no formula to a spreadsheet
-        writer.writerow([safe, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+        best = [columns[int(row.argmax())]] if named else []
+        writer.writerow([safe, *best, *(f"{p:.6f}" for p in row)])
     return text.getvalue().encode(errors="surrogateescape")  # file names need not be UTF-8

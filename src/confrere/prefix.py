@@ -15,16 +15,9 @@ from confrere.data.federation import SiteImages
 from confrere.data.mapped import Mapped, is_sealed, one_maker, seal
 from confrere.errors import ConfigError, DataError
 from confrere.seeds import derive
-from confrere.tokenset import Array, TokenSet, as_numpy
+from confrere.tokenset import Array, TokenSet, as_numpy, oriented
 
 BATCH = 64
-
-
-def oriented(images: np.ndarray, view: int) -> np.ndarray:
-    """Return images (B, H, W, 3) in one of 8 orientations: bit 0 mirrors, bit 1 turns upside down, bit 2 transposes."""
-    images = images.transpose(0, 2, 1, 3) if view & 4 else images
-    images = images[:, :, ::-1] if view & 1 else images
-    return np.ascontiguousarray(images[:, ::-1] if view & 2 else images)
 
 
 def cache_dir() -> Path:
@@ -74,7 +67,14 @@ def tokens(
     """
     if site.images.dtype != np.uint8:  # a table: nothing worth a file
         rows = as_numpy(backbone.prefix(site.images[np.arange(len(site.labels))]))
-        return TokenSet(tokens=rows, labels=site.labels, groups=site.groups, split=site.split, classes=classes)
+        return TokenSet(
+            tokens=rows,
+            labels=site.labels,
+            groups=site.groups,
+            split=site.split,
+            classes=classes,
+            truth=site.targets,
+        )
     height, width = backbone.image_size
     if views > 4 and height != width:
         raise ConfigError("images that are not square have four views", where="train.views", fix="use 1, 2 or 4")
@@ -90,6 +90,7 @@ def tokens(
         groups=site.groups,
         split=site.split,
         classes=classes,
+        truth=site.targets,
     )
 
 
@@ -103,6 +104,7 @@ def join(sets: Sequence[TokenSet]) -> TokenSet:
         groups=np.concatenate([s.groups for s in sets]),
         split=np.concatenate([s.split for s in sets]),
         classes=first.classes,
+        truth=Stacked([s.truth for s in sets if s.truth is not None]) if first.truth is not None else None,
     )
 
 

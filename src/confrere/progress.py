@@ -78,7 +78,7 @@ class _Show:
     def _data(self, event: dict[str, Any]) -> None:
         from confrere.data.check import render_sheet
 
-        self.console.print(render_sheet(event["sheet"], event["classes"]))
+        self.console.print(render_sheet(event["sheet"]))
 
     def _prefix(self, event: dict[str, Any]) -> None:
         key = f"prefix {event['site']}"

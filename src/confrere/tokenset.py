@@ -26,7 +26,9 @@ class TokenSet:
     Args:
         tokens: float32 array-like (N, tokens, width), usually memory-mapped; int16 holds the bits of bfloat16.
         views: other orientations of the training images, each (training images, tokens, width).
-        labels: int64 (N,). groups: int64 (N,), opaque patient numbers. split: int8 (N,), 0 train, 1 val, 2 test.
+        labels: int64 (N,), by which images are drawn. groups: int64 (N,), opaque patient numbers. split: int8 (N,),
+            0 train, 1 val, 2 test.
+        truth: what a model learns where that is not the label: masks uint8 (N, H, W), or time and event float32 (N, 2).
     """
 
     tokens: Array
@@ -35,6 +37,7 @@ class TokenSet:
     split: np.ndarray
     classes: tuple[str, ...]
     views: tuple[Array, ...] = ()
+    truth: Array | None = None
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of ``train``, ``val`` or ``test``."""
@@ -50,7 +53,21 @@ class TokenSet:
         tokens = torch.from_numpy(found)
         if tokens.dtype == torch.int16:
             tokens = tokens.view(torch.bfloat16)
-        return Batch(tokens, torch.from_numpy(self.labels[rows]))
+        return Batch(tokens, torch.from_numpy(self.targets(rows, views)))
+
+    def targets(self, rows: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """Return what a model should say of the rows: classes (B,), masks (B, H, W) oriented as ``views``, or times."""
+        found: np.ndarray = (self.labels if self.truth is None else self.truth)[rows]
+        for view in np.unique(views[views > 0]) if views is not None and found.ndim == 3 else ():
+            found[views == view] = oriented(found[views == view][..., None], int(view))[..., 0]
+        return found
+
+
+def oriented(images: np.ndarray, view: int) -> np.ndarray:
+    """Return images (B, H, W, C) in one of 8 orientations: bit 0 mirrors, bit 1 turns upside down, bit 2 transposes."""
+    images = images.transpose(0, 2, 1, 3) if view & 4 else images
+    images = images[:, :, ::-1] if view & 1 else images
+    return np.ascontiguousarray(images[:, ::-1] if view & 2 else images)
 
 
 def as_numpy(tokens: Tensor) -> np.ndarray:
@@ -61,7 +78,7 @@ def as_numpy(tokens: Tensor) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """Tokens (B, N, D), labels (B,), and the inputs of the adapted layers when they were captured."""
+    """Tokens (B, N, D), targets (B, ...), and inputs of the adapted layers when they were captured."""
 
     tokens: Tensor
     labels: Tensor

@@ -34,7 +34,8 @@ class Verified:
     ``recomputed`` of ``rounds`` shared states were computed again from what the sites sent, byte by byte, or under
     secure aggregation from its sum: that this is the sum of what they sent, nobody can compute. What the
     others need is not kept here (``record.keep``, hospitals over a network, simulated attackers), or a drift was
-    accepted. ``signed`` signatures of the journal are valid.
+    accepted. ``signed`` signatures of the journal are valid. ``unseen``: noise came from the operating system, so that
+    no round can be computed again; what the sites were sent and sent was compared all the same.
     """
 
     part: str
@@ -42,10 +43,15 @@ class Verified:
     rounds: int
     recomputed: int
     signed: int
+    unseen: bool = False
 
     def sentence(self) -> str:
         """Return what a user reads."""
         kept = "" if self.recomputed == self.rounds else " (what the others need is not kept, or a drift was accepted)"
+        if self.unseen:
+            kept = (
+                " (their noise came from the operating system and cannot be drawn again: this run is not reproducible)"
+            )
         return (
             f"{self.part}: {self.lines} records intact, {self.recomputed} of {self.rounds} rounds computed again with "
             f"the same bytes{kept}, {self.signed} signatures valid"
@@ -98,13 +104,14 @@ def _part(name: str, out: Path, experiment: Experiment, key: bytes | None, *, dr
         sites=not (out / "job.json").exists(),
         attackers=frozenset(experiment.attack.sites),
     )
-    again = 0
+    released = experiment.build_method().release()
+    unseen, again = bool(released and released["sigma"] and not released["seeded"]), 0
     for begun, event in rounds:
         if _as_recorded(run, keeps, begun, event) and not drifted:
-            _again(run, experiment, begun, event)
-            again += 1
+            _again(run, experiment, begun, event, unseen=unseen)
+            again += not unseen
     _made(path, standing, len(rounds))
-    return Verified(name, len(events), len(rounds), again, signed)
+    return Verified(name, len(events), len(rounds), again, signed, unseen)
 
 
 @dataclass(frozen=True)
@@ -195,8 +202,8 @@ def _name(site: str, event: Fields) -> str:
     return site
 
 
-def _again(run: Run, experiment: Experiment, begun: Fields, event: Fields) -> None:
-    """Compute again what a round sent and what it made of the replies; RunError if it gives other bytes."""
+def _again(run: Run, experiment: Experiment, begun: Fields, event: Fields, *, unseen: bool) -> None:
+    """Compute again what a round sent and, unless its noise is ``unseen``, made; RunError if it gives other bytes."""
     round_, method = int(event["round"]), experiment.build_method()
     before = run.server(round_ - 1)
 
@@ -204,6 +211,8 @@ def _again(run: Run, experiment: Experiment, begun: Fields, event: Fields) -> No
         sites = sorted({*begun["requests"], *event["sites"]})
         asked = {s: Request(kind="train", round=round_, state=method.broadcast(before, s)) for s in sites}
         made: State | None = None
+        if unseen:
+            return begin_event(round_, before, asked)["requests"], {}
         if event["averaged"] and "secure" in event:
             total = read_total(run.path / SUMS, round_)
             made = method.aggregate(before, [total.reply(asked[total.sites[0]].state, round_)])
@@ -215,7 +224,8 @@ def _again(run: Run, experiment: Experiment, begun: Fields, event: Fields) -> No
     sent, made = _readable(compute, event.where)
     for site in sent:
         _same(sent[site], begun["requests"][site], f"round {round_}, what {site} was sent")
-    _same(digest(made), event["server"], f"round {round_}, the shared state computed again")
+    if not unseen:
+        _same(digest(made), event["server"], f"round {round_}, the shared state computed again")
 
 
 def _made(path: Path, standing: Sequence[Fields], rounds: int) -> None:

@@ -189,7 +189,7 @@ def test_data_sets_of_the_same_patients_do_not_count_as_more_patients() -> None:
     runs = {name: (rng.dirichlet([1, 1], 60), labels, np.arange(60) // 2) for name in ("fedit", "fedper")}
 
     class Fake:
-        labels, seeds = ("fedit", "fedper"), (0,)
+        labels, seeds, headline = ("fedit", "fedper"), (0,), "balanced_accuracy"
 
         def __init__(self, sets: list[str], origin: dict[str, str]) -> None:
             self.sets, self.origin = sets, origin

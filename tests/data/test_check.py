@@ -45,7 +45,7 @@ def test_bad_files_are_named_for_the_local_user(tmp_path):
     report = check(root, DataOptions())
     assert report["ok"]
     assert report["problems"] == [
-        {"site": "a", "name": "good/notes[red].txt", "reason": "not a PNG, JPEG or TIFF file"}
+        {"site": "a", "name": "good/notes[red].txt", "reason": "not a PNG, JPEG, TIFF or DICOM file"}
     ]
     assert "good/notes[red].txt" in shown(report)
     strict = check(root, DataOptions(on_bad="stop"))
@@ -101,6 +101,7 @@ def test_a_single_small_count_cannot_be_had_by_subtraction():
     site = {
         "images": 73, "patients": 60, "duplicates": 0, "conflicts": 2, "bad_files": {"x": 1},
         "formats": {"PNG": 73},
+        "notes": {},
         "splits": {s: {"images": 30, "patients": 20} for s in ("train", "val", "test")}, "classes": classes,
     }  # fmt: skip
     shared = suppress_small({"sites": {"a": site}})["sites"]["a"]

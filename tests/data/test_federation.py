@@ -127,7 +127,7 @@ def test_bad_files_take_no_row(root, cache):
         "empty file": 1,
         "link leading out of the folder": 1,
         "more pixels than max_pixels": 1,
-        "not a PNG, JPEG or TIFF file": 1,
+        "not a PNG, JPEG, TIFF or DICOM file": 1,
         "not an ordinary file": 1,
     }
     assert any("6 files are left out" in warning for warning in federation.sheet["warnings"])

@@ -16,7 +16,7 @@ import numpy as np
 from hostile_case import Base, Case, accepted, encoded, federation, link, picture, pipe, refused, sparse, write
 from PIL import Image
 
-FOREIGN, DAMAGED, LARGE = "not a PNG, JPEG or TIFF", "damaged or truncated", "more pixels than max_pixels"
+FOREIGN, DAMAGED, LARGE = "not a PNG, JPEG, TIFF or DICOM", "damaged or truncated", "more pixels than max_pixels"
 PNG = b"\x89PNG\r\n\x1a\n"
 EIGHT = ((256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (262, 3, 1, 1))  # TIFF tags of 8 x 8 grey pixels
 
@@ -87,7 +87,6 @@ def _foreign() -> dict[str, bytes]:
         "exe": b"MZ" + bytes(60) + encoded(picture()),
         "shell": b"#!/bin/sh\nexit 1\n",
         "pickle": pickle.dumps({"a": 1}),
-        "dicom": bytes(128) + b"DICM" + bytes(40),
         "numpy": b"\x93NUMPY\x01\x00" + bytes(40),
         "one-byte": b"\x89",
         "png-in-text-mode": encoded(picture()).replace(b"\r\n", b"\n"),
@@ -201,6 +200,8 @@ def cases() -> Iterator[Case]:
     found: list[tuple[str, str, str | None, Callable[[Path], object]]] = []
     for reason, group in ((FOREIGN, _foreign()), (DAMAGED, dict(_damaged())), (LARGE, _large())):
         found += [(n, reason, "DataError", lambda p, c=c: write(p, c)) for n, c in group.items()]
+    empty = bytes(128) + b"DICM" + bytes(40)
+    found += [("dicom", "DICOM transfer syntax not supported", "DataError", lambda p: write(p, empty))]
     found += [(n, "animated or several pages", "DataError", lambda p, c=c: write(p, c)) for n, c in _frames().items()]
     found += [(n, "images=3", None, lambda p, c=c: write(p, c)) for n, c in _fine().items()]
     found += [(n, reason, "DataError", put) for n, (reason, put) in SPECIAL.items()]

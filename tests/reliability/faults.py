@@ -119,7 +119,7 @@ PHASES = (
     Phase("prefix", "confrere.job:tokens"),
     Phase("loaded", "confrere.job:prepare", after=True),
     Phase("task", "confrere.federation.site:Site.handle", note=_asked("train")),
-    Phase("step", "confrere.learner:AdamW.step"),
+    Phase("step", "confrere.optimiser:AdamW.step"),
     Phase("trained", "*:update", after=True, note=_learning),
     Phase("before_upload", "confrere.record.store:DirectoryStore.write"),
     Phase("kept", "confrere.record.store:DirectoryStore.write", after=True),

@@ -12,6 +12,8 @@ from report_numbers import events, interval, results, sheet, verdicts
 from confrere.record.run import Run
 
 LESIONS = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
+ORGANS = ["background", "liver", "spleen", "left kidney", "right kidney"]
+STRATA = ["arterial", "portal", "late"]
 LONG_SITES = [
     "universitaetsklinikum-hamburg-eppendorf",
     "centre-hospitalier-universitaire-de-quebec",
@@ -52,6 +54,7 @@ def make_run(
     failures: bool = False,
     synthetic: bool = True,
     general: bool = True,
+    task: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a finished run of the layout that ``confrere.report`` reads."""
@@ -67,6 +70,7 @@ def make_run(
         "General and personal adapters, kept apart",
         quality=0.68,
         general=general,
+        task=task,
     )
     if undefined:
         model = done["sites"][sites[-1]]["models"]["personalised"]
@@ -97,7 +101,8 @@ def make_run(
             "classes": classes,
             "image_size": [98, 126],
             "digest": "3f" * 32,
-            "sheet": sheet(sites, classes),
+            **({"strata": STRATA} if task else {}),
+            "sheet": sheet(sites, STRATA if task else classes),
         },
     )
     write(
@@ -119,15 +124,18 @@ def make_run(
     (run / "experiment.toml").write_text(
         '[data]\npath = "hospitals"\n\n[method]\nname = "confrere"\nrank = 8\n\n[train]\nrounds = 14\n'
     )
+    metric = {"metric": task["headline"]} if task else {}
     if controls:
-        write(run / "verdicts.json", verdicts(rng, sites, undefined=undefined))
+        write(run / "verdicts.json", verdicts(rng, sites, undefined=undefined, **metric))
         for name, title, quality in (("local", "Trained alone", 0.62), ("pooled", "Pooled data", 0.7)):
-            other = results(rng, sites, classes, rounds, name, title, quality=quality, general=False)
+            other = results(rng, sites, classes, rounds, name, title, quality=quality, general=False, task=task)
             write(run / "controls" / name / "results.json", other)
     return run
 
 
-def make_comparison(directory: Path, *, sites: list[str] | None = None, seed: int = 0) -> Path:
+def make_comparison(
+    directory: Path, *, sites: list[str] | None = None, task: dict[str, Any] | None = None, seed: int = 0
+) -> Path:
     """Write a finished comparison of six methods on three seeds."""
     rng = np.random.default_rng(seed)
     sites = sites or ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
@@ -148,21 +156,23 @@ def make_comparison(directory: Path, *, sites: list[str] | None = None, seed: in
         ends = {"gain": by, "low": by - 0.04, "high": by + 0.04}
         return {"a": a, "b": b, **ends, "p": 0.03, "p_holm": 0.2, "sentence": f"{a} cannot be told apart from {b}."}
 
+    headline = task["headline"] if task else "balanced_accuracy"
     methods = []
     for k, (name, title) in enumerate(names.items()):
         centre = 0.58 + 0.025 * k
         dual = name in ("feddpa", "confrere")
         worst = band(centre - 0.12)
+        others = {"auroc": centre + 0.2, "f1": centre - 0.04, "ece": 0.07}
+        if task:
+            others = {"iou": centre - 0.1, "hd95": 0.07, "box_iou": centre - 0.05}
         methods.append(
             {
                 "name": name,
                 "title": title,
                 "seeds": [0, 1, 2],
-                "balanced_accuracy": band(centre)
+                headline: band(centre)
                 | {"worst": worst["mean"], "worst_low": worst["low"], "worst_high": worst["high"]},
-                "auroc": band(centre + 0.2),
-                "f1": band(centre - 0.04),
-                "ece": band(0.07),
+                **{key: band(value) for key, value in others.items()},
                 "general": band(centre - 0.08) if dual else None,
                 "bytes_per_round": None if name in ("local", "pooled") else 1_188_864.0,
                 "seconds": 171.0 + 20 * k,
@@ -192,6 +202,8 @@ def make_comparison(directory: Path, *, sites: list[str] | None = None, seed: in
     write(
         directory / "comparison.json",
         {
+            **({"task": task} if task else {}),
+            "scores": [{"method": "fedit", "data": "hospitals", "site": sites[0], "seed": 0, headline: 0.6}],
             "methods": methods,
             "pairs": pairs,
             "overall": [gain("confrere", b, 0.02) for b in names if b != "confrere"],
@@ -231,7 +243,7 @@ def make_comparison(directory: Path, *, sites: list[str] | None = None, seed: in
             "federation": {
                 "name": "hospitals",
                 "synthetic": True,
-                "classes": LESIONS[:5],
+                "classes": ORGANS if task else LESIONS[:5],
                 "digest": "3f" * 32,
             },
         },

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import report_runs as runs
 from pages import CONTRAST, MARKS, show
+from PIL import Image
+from report_numbers import MASKS
 
 from confrere.report import write_report
 
@@ -89,3 +92,30 @@ def test_paper_is_white_shows_folded_parts_and_has_no_navigation(browser: Any, p
     assert browser.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
     height = "return document.querySelector('details table').getBoundingClientRect().height"
     assert browser.execute_script(height) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_pages_of_another_task_fit_and_can_be_read(browser: Any, tmp_path: Path, kind: str) -> None:
+    """Leaves pictures of both in ``tmp_path``: light and dark, wide and on a phone."""
+    if kind == "run":
+        runs.make_run(tmp_path / kind, sites=runs.LONG_SITES, classes=runs.ORGANS, task=MASKS)
+    else:
+        runs.make_comparison(tmp_path / kind, sites=runs.LONG_SITES, task=MASKS)
+    address, seen = write_report(tmp_path / kind).as_uri(), set()
+    for scheme in ("light", "dark"):
+        for width in (1200, 360):
+            show(browser, address, width=width, scheme=scheme)
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            assert browser.execute_script(OVERLAPS) == []
+            assert browser.execute_script(EMPTY) == []
+            ratio, where = browser.execute_script(CONTRAST)
+            assert ratio >= 4.5, where
+            text = browser.execute_script("return document.body.innerText")
+            assert "balanced accuracy" not in text.lower()
+            assert "HD95" in text
+            picture = tmp_path / f"{scheme}-{width}.png"
+            browser.save_screenshot(str(picture))
+            seen.add(Image.open(picture).convert("RGB").resize((1, 1)).getpixel((0, 0)))
+    assert len(seen) == 4
+    assert browser.get_log("browser") == []

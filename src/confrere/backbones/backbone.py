@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from confrere.adapters import head, lora
 from confrere.adapters.names import gate_name, shift_name
@@ -25,6 +25,7 @@ from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.registry import HALF, Entry
 from confrere.backbones.suffix import Suffix
 from confrere.errors import BackboneError
+from confrere.tasks import CLASSIFICATION, Task
 from confrere.tensors import Tensors
 
 Precision = Literal["fp32", "bf16"]
@@ -49,6 +50,7 @@ class Backbone:
         image_size: (height, width) in pixels.
         precision, dtype: of frozen weights and activations; adapters and head are float32 outside.
         feature_dim: F, the width of a feature vector.
+        task: whose head :meth:`logits` applies.
         layers: module paths of the adapted linear layers.
         scale: factor on every ``B A x``, whatever the rank.
         norms: frozen weights and biases of the layer norms that may be replaced by name (float32).
@@ -66,13 +68,16 @@ class Backbone:
         sizes: Mapping[str, tuple[int, int]],
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
+        task: Task = CLASSIFICATION,
     ) -> None:
+        self.task = task
         self.name, self.digest, self.entry = entry.name, digest, entry
         self.spec, self.scale, self.image_size = spec, spec.scale, image_size
         self.depth = depth
         self.cut = depth - (spec.blocks if spec.slots else 0) if anatomy.blocks_path else 0
         self.pool = entry.pool
-        self.feature_dim = anatomy.width * (2 if self.pool == "cls+mean" and anatomy.blocks_path else 1)
+        both = self.pool == "cls+mean" and anatomy.blocks_path and not task.dense
+        self.feature_dim = anatomy.width * (2 if both else 1)
         self.device, self.precision, self.dtype = torch.device(device), precision, _DTYPES[precision]
         self._sizes = dict(sizes)
         self.layers = tuple(self._sizes)
@@ -83,7 +88,7 @@ class Backbone:
         }
         anatomy = replace(anatomy, block_kwargs=moved)
         # Never called, only copied: a copy of modules that are at work would hold somebody's tensors.
-        self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers).eval()
+        self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers, dense=task.dense).eval()
         self._first.to(self.device, self.dtype)
         self._local, self._lock = threading.local(), threading.Lock()
         self.norms = anatomy.norms_after(self.cut) if spec.norms else {}
@@ -92,6 +97,12 @@ class Backbone:
         mean, std = entry.mean or HALF, entry.std or HALF
         self._gain = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(self.device)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(self.device)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Return how many patches an image has, (rows, columns)."""
+        height, width = (side // part for side, part in zip(self.image_size, self.anatomy.patch, strict=True))
+        return height, width
 
     @property
     def anatomy(self) -> Anatomy:
@@ -175,7 +186,7 @@ class Backbone:
         return self._suffix.through(tokens, 0, self.cut).contiguous()
 
     def features(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
-        """Return float32 feature vectors (B, F) with gradient with respect to ``params``.
+        """Return float32 feature vectors (B, F), dense ones (B, h, w, D), with gradient with respect to ``params``.
 
         Args:
             params: every slot's adapter tensors by canonical name, gates, shifts and norms where the backbone has
@@ -200,10 +211,12 @@ class Backbone:
             out: Tensor = torch.func.functional_call(
                 suffix, given, (tokens.to(self.device, self.dtype),), tie_weights=False
             )
+        if self.task.dense:
+            out = out.view(len(out), *self.grid, -1)
         return out.float()
 
     def logits(self, params: Tensors, tokens: Tensor, *, capture: dict[str, Tensor] | None = None) -> Tensor:
-        """Return class scores (B, K): ``features @ head.weight.T + head.bias``.
+        """Return what the task's head makes of the features: class scores (B, K), or (B, K, H, W) for every pixel.
 
         Raises:
             BackboneError: an adapter or head tensor is missing.
@@ -211,8 +224,7 @@ class Backbone:
         if head.WEIGHT not in params or head.BIAS not in params:
             raise BackboneError("the head's tensors are missing", where=", ".join(head.NAMES), code="adapter-tensors")
         features = self.features(params, tokens, capture=capture)
-        weight, bias = (params[name].to(self.device) for name in (head.WEIGHT, head.BIAS))
-        return nn.functional.linear(features, weight, bias)
+        return self.task.apply(params, features, self.image_size)
 
     @contextmanager
     def dropout(self, generator: torch.Generator | None) -> Iterator[None]:
@@ -253,25 +265,9 @@ class Backbone:
 
     def describe(self) -> dict[str, Any]:
         """Return what a report says about the backbone (JSON-able)."""
-        return {
-            "name": self.name,
-            "source": self.entry.source,
-            "digest": self.digest,
-            "licence": self.entry.licence,
-            "provenance": self.entry.note,
-            "family": self.anatomy.family,
-            "depth": self.depth,
-            "width": self.anatomy.width,
-            "cut": self.cut,
-            "patch": list(self.anatomy.patch),
-            "image_size": list(self.image_size),
-            "precision": self.precision,
-            "pool": self.pool,
-            "feature_dim": self.feature_dim,
-            "parameters": self.parameters,
-            "adapted_layers": list(self.layers),
-            "scale": self.scale,
-        }
+        from confrere.backbones.description import description
+
+        return description(self)
 
     def attention(self, params: Tensors, tokens: Tensor) -> Tensor:
         """Return where the last kept block looks: (B, h, w), non-negative, each map summing to 1.

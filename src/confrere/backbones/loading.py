@@ -14,6 +14,7 @@ from confrere.backbones.anatomy import Anatomy, unfuse_attention
 from confrere.backbones.backbone import Backbone, Precision
 from confrere.backbones.registry import REGISTRY, Entry, Pool, entry
 from confrere.errors import BackboneError
+from confrere.tasks import CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def load(
     sha256: str | None = None,
     device: str = "cpu",
     precision: Precision = "fp32",
+    task: Task = CLASSIFICATION,
 ) -> Backbone:
     """Return a frozen backbone with the slots of ``lora`` in its last blocks.
 
@@ -48,6 +50,7 @@ def load(
         sha256: refuse weights with another digest.
         device: a torch device.
         precision: of frozen weights and activations, ``fp32`` or ``bf16``.
+        task: what is predicted.
 
     Raises:
         BackboneError: unknown or unreachable weights, a wrong digest, pickled files, an unsupported
@@ -62,13 +65,23 @@ def load(
     loaded = _read(str(name), size)
     _check_digest(loaded, sha256)
     known = replace(loaded.entry, pool=pool or loaded.entry.pool)
-    return _build(replace(loaded, entry=known), lora, depth, size or known.input_size or (224, 224), device, precision)
+    size = size or known.input_size or (224, 224)
+    return _build(replace(loaded, entry=known), lora, depth, size, device, precision, task)
 
 
 def _build(
-    loaded: Loaded, spec: LoraSpec, depth: int | None, size: tuple[int, int], device: str, precision: Precision
+    loaded: Loaded,
+    spec: LoraSpec,
+    depth: int | None,
+    size: tuple[int, int],
+    device: str,
+    precision: Precision,
+    task: Task,
 ) -> Backbone:
     anatomy, known = loaded.anatomy, loaded.entry
+    if task.dense and not anatomy.blocks_path:
+        what, fix = f"{task.name} needs a model with patch tokens", "use a vision transformer"
+        raise BackboneError(what, where=known.name, fix=fix, code="backbone-unsupported")
     _check_size(size, anatomy.patch, known.name)
     if anatomy.blocks_path and "cls" in known.pool and anatomy.prefix_tokens == 0:
         raise BackboneError(
@@ -93,6 +106,7 @@ def _build(
         sizes=sizes,
         device=device,
         precision=precision,
+        task=task,
     )
 
 

@@ -30,7 +30,6 @@ def attention_map(backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor
         raise BackboneError(
             f"{anatomy.family} has no patch tokens to look at", where=backbone.name, code="backbone-unsupported"
         )
-    grid = tuple(side // part for side, part in zip(backbone.image_size, anatomy.patch, strict=True))
     seen = _inside_last_block(backbone, params, tokens)
     first = anatomy.prefix_tokens
     if first and "query" in seen and "key" in seen:
@@ -39,7 +38,7 @@ def attention_map(backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor
         patches = nn.functional.normalize(seen["out"][:, first:], dim=2)
         centre = nn.functional.normalize(patches.mean(1, keepdim=True), dim=2)
         weights = (patches * centre).sum(2).clamp_min(0)
-    return (weights / weights.sum(1, keepdim=True).clamp_min(1e-12)).view(-1, *grid)
+    return (weights / weights.sum(1, keepdim=True).clamp_min(1e-12)).view(-1, *backbone.grid)
 
 
 def _inside_last_block(backbone: Backbone, params: Tensors, tokens: Tensor) -> dict[str, Tensor]:

@@ -25,19 +25,21 @@ class Suffix(nn.Module):
     Attributes:
         root: the whole frozen module, whose names adapters go by.
         anatomy: where its parts are.
+        dense: every patch is a feature vector, none is pooled.
         shortcut: the last block computes only what the class token needs (same result, less work).
         dropouts: of all adapter branches.
     """
 
-    def __init__(self, anatomy: Anatomy, *, cut: int, pool: Pool, layers: Sequence[str]) -> None:
+    def __init__(self, anatomy: Anatomy, *, cut: int, pool: Pool, layers: Sequence[str], dense: bool = False) -> None:
         super().__init__()
+        self.dense = dense
         self.root, self.cut, self.pool, self.layers = anatomy.root, cut, pool, tuple(layers)
         self.anatomy = anatomy
         self.dropouts = [module for module in self.root.modules() if isinstance(module, SeededDropout)]
         self.lean = anatomy.family in block.LAYOUTS
         self.adapted = [module for module in self.root.modules() if isinstance(module, LoraLinear)]
         plain = not any(layer.lora_gate or layer.lora_shift for layer in self.adapted)
-        self.shortcut = pool == "cls" and self.lean and plain
+        self.shortcut = pool == "cls" and self.lean and plain and not dense
 
     def twin(self) -> Suffix:
         """Return a copy of the modules that shares every frozen tensor: a few hundred kB, whatever the model's size."""
@@ -49,7 +51,7 @@ class Suffix(nn.Module):
         return other
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return features (B, F) of tokens (B, N, D), or of images where the module cannot be cut."""
+        """Return features (B, F), dense ones (B, h w, D), of tokens, or of images where the module cannot be cut."""
         anatomy = self.anatomy
         if anatomy.whole is not None:
             return anatomy.whole(tokens)
@@ -68,6 +70,9 @@ class Suffix(nn.Module):
 
     def _pool(self, tokens: Tensor) -> Tensor:
         norm, after = self.anatomy.norm, self.anatomy.after_pool
+        if self.dense:
+            patches = tokens[:, self.anatomy.prefix_tokens :]
+            return norm(patches) if norm is not None else patches
         if self.pool == "cls":
             tokens = tokens[:, :1]  # the norm is per token: no need to normalise the others
         tokens = norm(tokens) if norm is not None else tokens

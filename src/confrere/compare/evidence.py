@@ -17,7 +17,7 @@ import numpy as np
 
 from confrere.compare.grid import Grid, title, value
 from confrere.metrics.mean_gain import SiteScores, mean_gain, resample_site
-from confrere.metrics.paired import holm, signed, verdict
+from confrere.metrics.paired import holm, signed, spoken, verdict
 from confrere.metrics.ranks import ASSUMPTION, rank_test
 from confrere.seeds import numpy_generator
 from confrere.verdicts import site_gain
@@ -41,7 +41,7 @@ def overall(grid: Grid, sites: Sequence[SiteScores]) -> list[Pair]:
     """
     order = [label for label in grid.labels if label not in ("pooled", "local")]
     order += [label for label in ("pooled", "local") if label in grid.labels]
-    gains = [{"a": a, "b": b, **mean_gain(sites, a, b)} for a, b in combinations(order, 2)]
+    gains = [{"a": a, "b": b, **mean_gain(sites, a, b), "metric": grid.headline} for a, b in combinations(order, 2)]
     return [{**one, "sentence": sentence(one)} for one in corrected(gains)]
 
 
@@ -77,7 +77,8 @@ def by_hospital(grid: Grid) -> tuple[list[Pair], list[Pair]]:
         {"a": a, "b": b, "site": grid.site_name(data, site), **gain}
         for a, b in wanted
         for data, site in grid.sites()
-        if (gain := site_gain(grid.runs(a, data), grid.runs(b, data), site, resamples=count)) is not None
+        if (gain := site_gain(grid.runs(a, data), grid.runs(b, data), site, resamples=count, metric=grid.headline))
+        is not None
     ]
     told = adjusted(found)
     return [[one for one in told if (one["a"], one["b"]) in chosen] for chosen in (against, local)]  # type: ignore[return-value]
@@ -138,7 +139,8 @@ def numbers(pair: Mapping[str, Any]) -> str:
     p = pair["p_holm"]
     tested = "" if p is None else f", adjusted p {'< 0.001' if p < 0.001 else f'{p:.3f}'}"
     gain = signed(100 * pair["gain"])
-    return f"{gain} points of balanced accuracy (95 % interval {low} to {high}{tested})"
+    measure = spoken(pair.get("metric", "balanced_accuracy"))
+    return f"{gain} points of {measure} (95 % interval {low} to {high}{tested})"
 
 
 def ranking(grid: Grid) -> dict[str, Any] | None:
@@ -147,8 +149,7 @@ def ranking(grid: Grid) -> dict[str, Any] | None:
     for data, site in grid.sites():
         for number in range(len(grid.seeds)):
             scores = [
-                value(grid.results(label, data)[number], site, "personalised", "balanced_accuracy")
-                for label in grid.labels
+                value(grid.results(label, data)[number], site, "personalised", grid.headline) for label in grid.labels
             ]
             if all(score is not None for score in scores):
                 blocks.append(scores)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from confrere.errors import ConfigError
 from confrere.method import METHODS
 from confrere.metrics.paired import Run as Predictions
 from confrere.record.files import read_json
 from confrere.record.run import Run
+from confrere.report.task import LEFT_OUT
+from confrere.tasks import CLASSIFICATION
 from confrere.verdicts import predictions
 
 
@@ -30,6 +34,27 @@ class Grid:
     where: Mapping[tuple[str, str, int], Path]
     origin: Mapping[str, str] = field(default_factory=dict)
     _read: dict[tuple[str, Path], Any] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def task(self) -> dict[str, Any]:
+        """Return the task of all runs as results.json has it, its ``measures`` those that are compared.
+
+        Raises:
+            ConfigError: the runs have different tasks.
+        """
+        results = [self.results(label, data) for label in self.labels for data in self.sets]
+        found = [result.get("task", CLASSIFICATION.describe()) for by_seed in results for result in by_seed]
+        if any(one != found[0] for one in found):
+            names = ", ".join(sorted({str(one["name"]) for one in found}))
+            fix = "compare runs of one task"
+            raise ConfigError(f"the runs have different tasks: {names}", where="compare", fix=fix, code="comparison")
+        measures = {key: words for key, words in found[0]["measures"].items() if key not in LEFT_OUT}
+        return {**found[0], "measures": measures}
+
+    @property
+    def headline(self) -> str:
+        """Return the key of the metric that is compared."""
+        return str(self.task["headline"])
 
     def runs(self, label: str, data: str) -> list[Path]:
         """Return the run directories of one method on one data set, by seed."""

@@ -10,28 +10,36 @@ from typing import Any
 
 from confrere.compare.evidence import Pair, between, numbers, outcome
 from confrere.compare.grid import title
+from confrere.metrics.paired import spoken
 
 CONTROLS = ("local", "pooled")
 NAMED = 5
 
 
-def recommend(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], local_pairs: Sequence[Pair]) -> dict[str, Any]:
+def recommend(
+    rows: Sequence[Mapping[str, Any]],
+    pairs: Sequence[Pair],
+    local_pairs: Sequence[Pair],
+    *,
+    metric: str = "balanced_accuracy",
+) -> dict[str, Any]:
     """Return ``headline``, ``winner``, ``within_noise`` and ``sentences``, each with the pairs it rests on.
 
     Args:
         rows: of the table.
         pairs: overall, corrected.
         local_pairs: every method against training alone, by hospital.
+        metric: the headline of the table.
     """
-    scored = [r for r in rows if not _control(r["name"]) and r["balanced_accuracy"]]
+    scored = [r for r in rows if not _control(r["name"]) and r[metric]]
     if not scored:
         return {"headline": "No method was examined.", "winner": None, "within_noise": [], "sentences": []}
-    best = max(scored, key=lambda r: float(r["balanced_accuracy"]["mean"]))
-    name = best["name"]
+    order = sorted(scored, key=lambda r: -float(r[metric]["mean"]))
+    best, name = order[0], order[0]["name"]
     others = {r["name"]: between(pairs, name, r["name"]) for r in rows if r["name"] != name}
     rivals = {other: pair for other, pair in others.items() if not _control(other)}
     noise = [other for other, pair in rivals.items() if pair is None or outcome(pair) == 0]
-    said = [_best(best, len(scored)), _beaten(name, rivals), _noise(name, noise, rivals)]
+    said = [_best(best, len(scored), metric), _beaten(name, rivals), _noise(name, noise, rivals)]
     said += [_joining(name, others["local"]) if "local" in others else _unknown(), _others(name, scored, pairs)]
     said += [_by_hospital(name, local_pairs), _pooled(name, others.get("pooled")), _cost(best, noise, rows)]
     joins = None if (local := others.get("local")) is None else outcome(local)
@@ -39,7 +47,7 @@ def recommend(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], local_pa
     if len(best["seeds"]) == 1:
         sentences.append(_say("One seed: chance between training runs is in none of these intervals."))
     return {
-        "headline": _headline(name, noise, joins, _joined(scored, pairs)),
+        "headline": _headline(name, noise, joins, _joined(order, pairs)),
         "winner": name,
         "within_noise": noise,
         "sentences": sentences,
@@ -80,12 +88,12 @@ def _headline(name: str, noise: Sequence[str], joins: int | None, joined: Sequen
     )
 
 
-def _best(best: Mapping[str, Any], count: int) -> dict[str, Any]:
-    cell, site = best["balanced_accuracy"], best["worst_site"]
+def _best(best: Mapping[str, Any], count: int, metric: str) -> dict[str, Any]:
+    cell, site = best[metric], best["worst_site"]
     ends = "" if cell["low"] is None else f" (95 % interval {100 * cell['low']:.1f} to {100 * cell['high']:.1f})"
     worst = f"; its worst hospital is {site} with {100 * best['sites'][site]['mean']:.1f} %" if site else ""
     return _say(
-        f"{title(best['name'])} has the highest mean balanced accuracy of {count} method{'s' * (count != 1)}: "
+        f"{title(best['name'])} has the highest mean {spoken(metric)} of {count} method{'s' * (count != 1)}: "
         f"{100 * cell['mean']:.1f} %{ends}{worst}. The highest of several is a little too high by selection."
     )
 
@@ -134,9 +142,8 @@ def _joining(name: str, pair: Pair | None) -> dict[str, Any]:
     return _say(told[outcome(pair)], pair)
 
 
-def _joined(scored: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> list[Pair]:
-    """Return the methods that are shown to beat training alone, the highest mean first."""
-    order = sorted(scored, key=lambda r: -float(r["balanced_accuracy"]["mean"]))
+def _joined(order: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the methods that are shown to beat training alone, in their order."""
     against = [between(pairs, r["name"], "local") for r in order]
     return [pair for pair in against if pair is not None and outcome(pair) > 0]
 

@@ -121,19 +121,20 @@ def summarise(grid: Grid, target: float | None = None) -> dict[str, Any]:
     sites = site_scores(grid)
     pairs = overall(grid, sites)
     for one in rows:
-        if len(grid.seeds) == 1 and one["balanced_accuracy"] and len(sites) == len(grid.sites()):
+        if len(grid.seeds) == 1 and one[grid.headline] and len(sites) == len(grid.sites()):
             patients = mean_score(sites, one["name"])  # chance between patients, where seeds can say nothing
-            one["balanced_accuracy"] |= {"low": patients["low"], "high": patients["high"]}
+            one[grid.headline] |= {"low": patients["low"], "high": patients["high"]}
         others = [name for name in CONTROLS if name in grid.labels and name != one["name"]]
         one["gains"] = {name: between(pairs, one["name"], name) for name in others}
     first, local = by_hospital(grid)
     return {
+        "task": grid.task,
         "methods": rows,
         "overall": pairs,
         "pairs": first,
         "local_pairs": local,
         "ranks": ranking(grid),
-        "recommendation": recommend(rows, pairs, local),
+        "recommendation": recommend(rows, pairs, local, metric=grid.headline),
         "targets": aims,
         "intervals": "seeds" if len(grid.seeds) > 1 else "patients",
         "scores": scores_of(grid),

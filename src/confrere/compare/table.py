@@ -10,8 +10,6 @@ import numpy as np
 from confrere.compare.grid import Grid, title, value
 from confrere.method import METHODS
 
-METRICS = ("balanced_accuracy", "auroc", "f1", "ece")
-
 
 def row(grid: Grid, label: str, targets: Mapping[str, float | None]) -> dict[str, Any]:
     """Return one method's row.
@@ -23,17 +21,13 @@ def row(grid: Grid, label: str, targets: Mapping[str, float | None]) -> dict[str
     """
     sites, held_out = grid.sites(), grid.sites(held_out=True)
     found: dict[str, Any] = {"name": label, "title": title(label), "seeds": list(grid.seeds)}
-    for metric in METRICS:
+    for metric in grid.task["measures"]:
         found[metric] = over_seeds(_scores(grid, label, sites, "personalised", metric))
-    found["general"] = over_seeds(_scores(grid, label, sites, "general", "balanced_accuracy"))
-    found["held_out"] = over_seeds(_scores(grid, label, held_out, "general", "balanced_accuracy"))
+    found["general"] = over_seeds(_scores(grid, label, sites, "general", grid.headline))
+    found["held_out"] = over_seeds(_scores(grid, label, held_out, "general", grid.headline))
     found["sites"] = {
         grid.site_name(data, site): interval(
-            [
-                v
-                for r in grid.results(label, data)
-                if (v := value(r, site, "personalised", "balanced_accuracy")) is not None
-            ]
+            [v for r in grid.results(label, data) if (v := value(r, site, "personalised", grid.headline)) is not None]
         )
         for data, site in sites
     }
@@ -100,7 +94,7 @@ def scores_of(grid: Grid) -> list[dict[str, Any]]:
         for data, site in grid.sites():
             for seed, result in zip(grid.seeds, grid.results(label, data), strict=True):
                 record: dict[str, Any] = {"method": label, "data": data, "site": site, "seed": seed}
-                found.append(record | {metric: value(result, site, "personalised", metric) for metric in METRICS})
+                found.append(record | {key: value(result, site, "personalised", key) for key in grid.task["measures"]})
     return found
 
 

@@ -105,6 +105,7 @@ def gathered(experiment: Experiment, described: Mapping[str, Header], out: Path)
     return Federation(
         name=out.name,
         classes=experiment.data.classes,
+        strata=tuple(sorted({name for told in described.values() for name in told["strata"]})),
         sites=tuple(_unseen(name) for name in sorted(described)),
         image_size=(int(height), int(width)),
         synthetic=any(told["synthetic"] for told in described.values()),

@@ -23,12 +23,12 @@ from confrere.errors import ConfigError, RunError
 from confrere.export import About, Model, export_model
 from confrere.federation.transport import Failure
 from confrere.fingerprint import begin, trainings
-from confrere.job import Task, initial, lead, load_backbones
+from confrere.job import Prepared, initial, lead, load_backbones
 from confrere.method import Reply, Request
 from confrere.record.files import read_json, write_json
 from confrere.record.machine import cores
 from confrere.record.run import Run
-from confrere.verdicts import NOTE, headline, keep_verdicts
+from confrere.verdicts import headline, keep_verdicts, note
 
 Notify = Callable[[dict[str, Any]], None]
 RESUME = "resume: confrere coordinator KIT --out RUN"
@@ -89,7 +89,7 @@ class Lead:
             federation = gathered(experiment, described, self.out)
             torch.set_num_threads(experiment.threads or cores())
             begin(self.out, experiment, federation, accept_drift=False)
-            self.notify({"event": "data", "sheet": federation.sheet, "classes": list(federation.classes)})
+            self.notify({"event": "data", "sheet": federation.sheet})
             for part in trainings(self.out, experiment):
                 if not (part / "results.json").exists():
                     name = "" if part == self.out else part.name
@@ -97,7 +97,7 @@ class Lead:
                     self._train(own, federation, part, Remote(self.sites, {**job, "part": name}), described)
             if experiment.other_controls:
                 self.status.phase("examine", method="verdicts")
-                self._verdicts(job)
+                self._verdicts(job, experiment.build_task().headline)
             self.status.phase("done")
 
     def _train(
@@ -113,7 +113,7 @@ class Lead:
         self.status.phase("train", method=method.name, round=0, rounds=experiment.rounds)
         self.notify({"event": "method", "name": method.name, "rounds": experiment.rounds})
         backbones = load_backbones(experiment, federation)
-        task = Task(experiment=experiment, method=method, federation=federation, backbones=backbones, data={})
+        task = Prepared(experiment=experiment, method=method, federation=federation, backbones=backbones, data={})
         for name, told in described.items():
             ours, theirs = task.backbone_of(name).digest, told["backbone"].get("digest")
             if theirs != ours:
@@ -132,7 +132,7 @@ class Lead:
         roster = self.roster if experiment.masked else None
         lead(task, run, transport, weights, export, str(transport.job["job"]), tell, roster)
 
-    def _verdicts(self, job: Header) -> None:
+    def _verdicts(self, job: Header, metric: str) -> None:
         """Collect what every site found when it compared its models on its own test patients; write verdicts.json."""
         asked: dict[str, tuple[Header, Arrays]] = {name: ({**job, "kind": "verdict"}, {}) for name in self.roster}
         found: dict[str, Any] = {}
@@ -141,7 +141,7 @@ class Lead:
             if not isinstance(told.get("verdicts"), dict):
                 raise RunError("it gave no verdict", where=f"site {name}", fix=RESUME, code="no-replies")
             found[name] = told["verdicts"]
-        keep_verdicts(Run(self.out), {"sites": found, "headline": headline(found), "note": NOTE})
+        keep_verdicts(Run(self.out), {"sites": found, "headline": headline(found), "note": note(metric)})
 
 
 def _job(out: Path) -> str:
@@ -184,7 +184,9 @@ def across(experiment: Experiment, classes: Collection[str]) -> tuple[Experiment
     return validate({**values, "controls": kept}), said
 
 
-def take_home(task: Task, run: Run, sites: Sites, transport: Remote, results: Mapping[str, Any], chosen: int) -> None:
+def take_home(
+    task: Prepared, run: Run, sites: Sites, transport: Remote, results: Mapping[str, Any], chosen: int
+) -> None:
     """Let every site write its own adapters, and write the general model here, where the method makes one.
 
     Raises:

@@ -32,7 +32,7 @@ from confrere.federation.secure.keys import Identity
 from confrere.federation.secure.participant import Participant
 from confrere.federation.site import Site
 from confrere.fingerprint import trainings
-from confrere.job import Task, make_site, prepare, threads
+from confrere.job import Prepared, make_site, prepare, threads
 from confrere.prefix import cache_dir
 from confrere.record.files import write_bytes, write_json
 from confrere.record.machine import machine
@@ -55,7 +55,7 @@ class _Training:
     asked: tuple[str, str, str]
     job: Path
     path: Path
-    task: Task
+    task: Prepared
     site: Site
 
 
@@ -205,7 +205,7 @@ class Worker:
             only=self.site,
         )
 
-    def _describe(self, task: Task, site: Site) -> dict[str, Any]:
+    def _describe(self, task: Prepared, site: Site) -> dict[str, Any]:
         """Return what the coordinator must know before round 1: numbers and digests, no name of a file or patient."""
         federation = task.federation
         return {
@@ -213,6 +213,7 @@ class Worker:
             "versions": {**machine(), "flwr": _version("flwr")},
             "protocol": PROTOCOL,
             "classes": list(federation.classes),
+            "strata": list(federation.strata),
             "image_size": list(federation.image_size),
             "synthetic": federation.synthetic,
             "data": federation.digest,
@@ -241,7 +242,8 @@ class Worker:
         """Return whether joining paid here, which only the site can compute: test predictions never leave it."""
         controls = trainings(job, experiment)[1:]
         done = {path.name: path for path in controls if (path / "results.json").exists()}
-        found = verdicts(job, done, [self.site], seed=experiment.seed)
+        metric = experiment.build_task().headline
+        found = verdicts(job, done, [self.site], seed=experiment.seed, metric=metric)
         write_json(job / "verdicts.json", found)
         return dict(found["sites"][self.site])
 

@@ -24,11 +24,14 @@ from numpy.typing import NDArray
 
 from confrere import intake
 from confrere.data.decode import SPECIAL, UNREADABLE, BadImageError, decode, read_picture
+from confrere.data.dicom import is_dicom, notes
+from confrere.data.dicom_checks import decoders
 from confrere.data.mapped import Mapped, one_maker
+from confrere.data.view import View
 from confrere.errors import DataError
 
 CHANGED = "changed while it was read"
-DECODER = f"1|pillow {PIL.__version__}"
+DECODER = f"1|pillow {PIL.__version__}|{decoders()}"
 """What pixels depend on beside the file and the size."""
 _BATCH = 256
 _PASSING = {CHANGED, UNREADABLE, SPECIAL}  # said of a file that had been hashed just before: not of its contents
@@ -36,7 +39,10 @@ _PASSING = {CHANGED, UNREADABLE, SPECIAL}  # said of a file that had been hashed
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """What the data sheet needs of one picture; ``mean`` and ``square`` are of all pixels, in 0..1, by channel."""
+    """What the data sheet needs of one picture; ``mean`` and ``square`` are of all pixels, in 0..1, by channel.
+
+    ``notes``: what a DICOM file should be warned of, in fixed phrases.
+    """
 
     digest: str
     format: str
@@ -44,13 +50,14 @@ class Fact:
     height: int
     mean: tuple[float, float, float]
     square: tuple[float, float, float]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One array, a fact for each of its rows (in order), and the hashes that do not decode, with reasons."""
 
-    images: Mapped | NDArray[np.float32]
+    images: Mapped | View | NDArray[np.float32]
     facts: tuple[Fact, ...]
     bad: Mapping[str, str]
 
@@ -100,7 +107,8 @@ def _load(cache: Path, key: str, digests: Sequence[str], *, made: bool = False) 
     try:
         meta = intake.parse_json(intake.read_bytes(cache / f"{key}.json", intake.MOST_JSON))
         images = Mapped(cache / f"{key}.npy")
-        facts = tuple(Fact(**(fact | {k: tuple(fact[k]) for k in ("mean", "square")})) for fact in meta["facts"])
+        tuples = ("mean", "square", "notes")
+        facts = tuple(Fact(**(fact | {k: tuple(fact[k]) for k in tuples})) for fact in meta["facts"])
         bad = {str(digest): str(reason) for digest, reason in meta["bad"].items()}
         whole = images.shape[0] == len(facts) and sorted([*(fact.digest for fact in facts), *bad]) == digests
         whole &= _with_facts(_checksum(images[:]), meta["facts"], bad) == meta["crc32"]
@@ -189,6 +197,7 @@ def _one(digest: str, path: Path, size: tuple[int, int], limit: int) -> str | tu
         height=picture.height,
         mean=(float(mean[0]), float(mean[1]), float(mean[2])),
         square=(float(square[0]), float(square[1]), float(square[2])),
+        notes=notes(data) if is_dicom(data) else (),
     )
     return fact, picture.pixels.tobytes()
 

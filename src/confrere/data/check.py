@@ -54,7 +54,7 @@ def render_check(report: dict[str, Any]) -> RenderableType:
     if "sheet" in report:
         kind = " (synthetic, not from patients)" if report["synthetic"] else ""
         parts.append(Text(f"{report['name']}{kind}", style="bold"))
-        parts.append(render_sheet(report["sheet"], report["classes"]))
+        parts.append(render_sheet(report["sheet"]))
     if report["problems"]:
         parts.append(_problems_table(report["problems"]))
     if report["error"]:
@@ -67,13 +67,13 @@ def render_check(report: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def render_sheet(sheet: dict[str, Any], classes: list[str]) -> RenderableType:
+def render_sheet(sheet: dict[str, Any]) -> RenderableType:
     """Return the sites, the classes at each site and the warnings of a data sheet, for rich."""
     from rich.console import Group
     from rich.text import Text
 
     warnings = [Text(f"Warning: {warning}", style="yellow") for warning in sheet["warnings"]]
-    return Group(_sites_table(sheet), "", _classes_table(sheet, classes), *warnings)
+    return Group(_sites_table(sheet), "", _classes_table(sheet), *warnings)
 
 
 def _sites_table(sheet: dict[str, Any]) -> RenderableType:
@@ -96,7 +96,7 @@ def _sites_table(sheet: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _classes_table(sheet: dict[str, Any], classes: list[str]) -> RenderableType:
+def _classes_table(sheet: dict[str, Any]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
@@ -104,8 +104,8 @@ def _classes_table(sheet: dict[str, Any], classes: list[str]) -> RenderableType:
     table.add_column("class: train/val/test")
     for name in sheet["sites"]:
         table.add_column(name, justify="right")
-    for label in classes:
-        cells = (site["classes"][label] for site in sheet["sites"].values())
+    for label in dict.fromkeys(label for site in sheet["sites"].values() for label in site["classes"]):
+        cells = (site["classes"].get(label, {"total": 0}) for site in sheet["sites"].values())
         # Text, not str: brackets in a class name are no markup.
         table.add_row(Text(label), *(_cell(cell) for cell in cells))
     return table

@@ -1,8 +1,9 @@
 """One file's bytes to one RGB picture, by fixed rules, or the reason why not.
 
-Rules: the format is what the first bytes say (PNG, JPEG, TIFF); the size is read from the header before any
-pixel; EXIF rotation is applied; 16-bit grey keeps its full range, 0..65535 to 0..255; alpha is laid over
-black; palettes, grey, CMYK and YCbCr become RGB; colour profiles are ignored; several frames are refused.
+Rules: the format is what the first bytes say (PNG, JPEG, TIFF; DICOM has rules of its own, see
+:mod:`confrere.data.dicom`); the size is read from the header before any pixel; EXIF rotation is applied; 16-bit grey
+keeps its full range, 0..65535 to 0..255; alpha is laid over black; palettes, grey, CMYK and YCbCr become RGB; colour
+profiles are ignored; several frames are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ BYTES_BESIDE = 16_000_000
 MOST_SCANS = 100
 
 EMPTY = "empty file"
-FOREIGN = "not a PNG, JPEG or TIFF file"
+FOREIGN = "not a PNG, JPEG, TIFF or DICOM file"
 LARGE = "more pixels than max_pixels"
 FRAMES = "animated or several pages"
 DAMAGED = "damaged or truncated"
@@ -50,6 +51,8 @@ DEPTH = "pixel type not supported"
 HEAVY = "more bytes than its pixels need"
 SCANS = "more passes than a JPEG needs"
 SPECIAL = "not an ordinary file"
+LOSSY = "a JPEG does not keep values"
+NUMBERS = "its pixels are not one whole number each"
 UNREADABLE = "cannot be read"
 
 
@@ -73,12 +76,13 @@ def read_picture(path: Path, *, max_pixels: int) -> bytes:
     Raises:
         BadImageError: with one of this module's reasons.
     """
+    from confrere.data import dicom
+
     try:
         with intake.open_file(path) as file:
-            total = os.fstat(file.fileno()).st_size
-            _, plugin = _sniff(file.read(8))
+            total, head = os.fstat(file.fileno()).st_size, file.read(132)
             file.seek(0)
-            pixels = _pixels(plugin, file)
+            pixels = dicom.announced(file) if dicom.is_dicom(head) else _pixels(_sniff(head)[1], file)
             if pixels > max_pixels:
                 raise BadImageError(LARGE)
             if total > most_bytes(pixels):
@@ -114,6 +118,10 @@ def decode(data: bytes, size: tuple[int, int], *, max_pixels: int) -> Decoded:
     Raises:
         BadImageError: with one of this module's reasons.
     """
+    from confrere.data import dicom
+
+    if dicom.is_dicom(data):
+        return dicom.decode_dicom(data, size, max_pixels=max_pixels)
     name, plugin = _sniff(data)
     if name == "JPEG" and data.count(b"\xff\xda") > MOST_SCANS:
         raise BadImageError(SCANS)
@@ -138,6 +146,31 @@ def decode(data: bytes, size: tuple[int, int], *, max_pixels: int) -> Decoded:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types; each becomes a reported bad file
         raise BadImageError(DAMAGED) from error
+
+
+def values(data: bytes) -> NDArray[np.integer[Any]]:
+    """Return the pixels (H, W) of a picture whose values are meant as numbers: PNG or TIFF, one channel, upright.
+
+    Raises:
+        BadImageError: with one of this module's reasons.
+    """
+    name, plugin = _sniff(data)
+    if name == "JPEG":
+        raise BadImageError(LOSSY)
+    try:
+        with plugin(io.BytesIO(data)) as image:
+            if getattr(image, "is_animated", False):
+                raise BadImageError(FRAMES)
+            image.load()
+            found = np.asarray(ImageOps.exif_transpose(image))
+    except BadImageError:
+        raise
+    except Exception as error:  # as in decode
+        raise BadImageError(DAMAGED) from error
+    found = found.astype(np.uint8) * 255 if found.dtype == bool else found
+    if found.ndim != 2 or not np.issubdtype(found.dtype, np.integer):
+        raise BadImageError(NUMBERS)
+    return found
 
 
 def _sniff(data: bytes) -> tuple[str, type[ImageFile]]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from confrere.data import numbers, partition, sheet, simulate, splits
+from confrere.data import masks, numbers, partition, sheet, simulate, splits
+from confrere.data.dicom_checks import in_short
 from confrere.data.images import Federation, SiteImages
 from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name
-from confrere.data.register import DUPLICATE, Registration, hash_rows, register
+from confrere.data.register import DUPLICATE, Registration, SiteFiles, hash_rows, register
 from confrere.data.sources import Listing, read_listing
+from confrere.data.table import EVENTS
 from confrere.errors import DataError
 
 __all__ = ["Federation", "SiteImages", "load_federation"]
@@ -63,7 +65,13 @@ def examine(
     how = listing.partition or options.partition
     if how is not None:
         hashes, problems = partition.deal(hashes, problems, how, seed=seed)
-    return listing, table.register(hashes) if table else register(hashes, problems, options, size, cache)
+    found = table.register(hashes) if table else register(hashes, problems, options, size, cache)
+    if options.target == "time":
+        return listing, replace(found, sites=tuple(map(_with_times, found.sites)))
+    if options.target == "mask":
+        names = options.classes or listing.classes or masks.DEFAULT_CLASSES
+        found = masks.with_masks(found, names, size, cache, max_pixels=options.max_pixels)
+    return listing, found
 
 
 def build(
@@ -71,17 +79,20 @@ def build(
 ) -> Federation:
     """Refuse what cannot be used, split the rest and describe it."""
     _refuse_unusable(registration, options)
-    classes = _classes(listing, registration, options)
-    sites = _split(_arrays(registration, classes), registration, options, seed, stored)
-    counted, sites, said = simulate.simulate(sites, options.shift, classes, seed)
+    strata = classes = _classes(listing, registration, options)
+    if options.target != "label":
+        strata = tuple(sorted({row.label for site in registration.sites for row in site.rows}))
+    sites = _split(_arrays(registration, strata), registration, options, seed, stored)
+    counted, sites, said = simulate.simulate(sites, options.shift, strata, seed)
     height, width = sites[0].images.shape[1:3]
     federation = Federation(
         name=listing.name,
         classes=classes,
+        strata=strata,
         sites=sites,
         image_size=(height, width),
         synthetic=listing.synthetic,
-        sheet=simulate.noted(_sheet(counted, registration, classes, options), said),
+        sheet=simulate.noted(_sheet(counted, registration, strata, options), said),
         digest=_digest(classes, sites),
     )
     return numbers.standardised(federation, listing.columns, options.constants) if listing.columns else federation
@@ -119,6 +130,13 @@ def _mapped(listing: Listing, options: DataOptions) -> Listing:
     return replace(listing, rows=rows)
 
 
+def _with_times(site: SiteFiles) -> SiteFiles:
+    """Return a site with the time and event of every row as its targets."""
+    times = np.array([row.time for row in site.rows], dtype=np.float32).reshape(-1, 2)
+    told = tuple(hashlib.sha256(repr(row.time).encode()).hexdigest() for row in site.rows)
+    return replace(site, targets=times, target_digests=told)
+
+
 def _refuse_unusable(registration: Registration, options: DataOptions) -> None:
     used = {site.name for site in registration.sites if site.rows}
     empty = sorted({problem.site for problem in registration.problems} - used)
@@ -139,12 +157,19 @@ def _refuse_unusable(registration: Registration, options: DataOptions) -> None:
 
 
 def _tally(counts: Counter[str]) -> str:
-    return ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
+    short = Counter[str]()
+    for reason, n in counts.items():
+        short[in_short(reason)] += n
+    return ", ".join(f"{reason}: {n}" for reason, n in sorted(short.items()))
 
 
 def _classes(listing: Listing, registration: Registration, options: DataOptions) -> tuple[str, ...]:
     found = sorted({row.label for site in registration.sites for row in site.rows})
     agreed = options.classes or listing.classes
+    if options.target == "mask":
+        return agreed or masks.DEFAULT_CLASSES
+    if options.target == "time":
+        return EVENTS
     if agreed is not None:
         unknown = sorted(set(found) - set(agreed))
         if unknown:
@@ -178,6 +203,8 @@ def _arrays(registration: Registration, classes: tuple[str, ...]) -> list[SiteIm
                 groups=np.array([registration.groups[digest] for digest in digests], dtype=np.int64),
                 digests=digests,
                 split=np.zeros(len(digests), dtype=np.int8),
+                targets=files.targets,
+                target_digests=files.target_digests,
             )
         )
     return sites
@@ -241,7 +268,8 @@ def _sheet(
         )
         for site, files in zip(sites, registration.sites, strict=True)
     }
-    warnings = sheet.class_warnings(by_site, classes, options.min_per_class) + sheet.site_warnings(by_site)
+    warnings = sheet.class_warnings(by_site, classes, options.min_per_class)
+    warnings += sheet.site_warnings(by_site, classes=options.target == "label")
     unnamed = [files.name for files in registration.sites if not any(row.patient for row in files.rows)]
     if unnamed:
         warnings.append(
@@ -266,6 +294,7 @@ def _sheet(
 def _digest(classes: tuple[str, ...], sites: Sequence[SiteImages]) -> str:
     sha = hashlib.sha256(json.dumps(classes).encode())
     for site in sites:
-        rows = [site.digests, site.labels.tolist(), site.groups.tolist(), site.split.tolist()]
+        rows: list[Any] = [site.digests, site.labels.tolist(), site.groups.tolist(), site.split.tolist()]
+        rows += [site.target_digests] if site.targets is not None else []
         sha.update(json.dumps([site.name, *rows]).encode())
     return sha.hexdigest()

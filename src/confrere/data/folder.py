@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from confrere.data import table
+from confrere.data.options import Target
 from confrere.data.paths import Root, check_class_name, is_ignored, site_id
 from confrere.data.sources import Listing, Problem, Row
 from confrere.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom"})
+MASKS = "masks"
 _TREE = """arrange the images like this (the part before __ names the patient and is optional):
     hospitals/
       st_mary/
@@ -21,8 +23,10 @@ _TREE = """arrange the images like this (the part before __ names the patient an
 _POOLED_TREE = _TREE.replace("      st_mary/\n", "").replace("      riverside/\n        naevus/    p107__1.jpg", "")
 
 
-def read_folder(root: Path, *, pooled: bool = False) -> Listing:
+def read_folder(root: Path, *, pooled: bool = False, target: Target = "label") -> Listing:
     """List a folder of sites, or of classes when ``pooled``.
+
+    With the ``target`` mask, beside a site's classes lies ``masks`` with a ``<name of the image>.png`` for each image.
 
     Raises:
         DataError: the tree does not have exactly these levels, or a name cannot be used.
@@ -42,18 +46,18 @@ def read_folder(root: Path, *, pooled: bool = False) -> Listing:
     sites = [("", root)] if pooled else [(entry.name, entry) for entry in _folders(root, guard, _TREE)]
     for site, folder in sites:
         made = "" if pooled else site_id(site, seen, where=root.name)
-        _read_site(guard, made, folder, patients, rows, problems)
+        _read_site(guard, made, folder, patients, rows, problems, target)
     if not sites or not rows:
         raise DataError("no image found", where=root.name, fix=_POOLED_TREE if pooled else _TREE, code="folder-tree")
     synthetic = (root / "SYNTHETIC.txt").is_file()
     return Listing(name=root.resolve().name, rows=tuple(rows), problems=tuple(problems), synthetic=synthetic)
 
 
-def read_site(folder: Path, site: str) -> Listing:
+def read_site(folder: Path, site: str, *, target: Target = "label") -> Listing:
     """List one site's folder of classes."""
     rows: list[Row] = []
     problems: list[Problem] = []
-    _read_site(Root(folder), site, folder, {}, rows, problems)
+    _read_site(Root(folder), site, folder, {}, rows, problems, target)
     return Listing(name=site, rows=tuple(rows), problems=tuple(problems))
 
 
@@ -64,10 +68,13 @@ def _read_site(
     patients: dict[str, str],
     rows: list[Row],
     problems: list[Problem],
+    target: Target,
 ) -> None:
     tree = _TREE if site else _POOLED_TREE
     before = len(rows) + len(problems)
     for folder_of_class in _folders(folder, root, tree):
+        if target == "mask" and folder_of_class.name == MASKS:
+            continue
         label = check_class_name(folder_of_class.name, where=site or root.path.name)
         for path in sorted(folder_of_class.iterdir()):
             if is_ignored(path.name):
@@ -81,7 +88,11 @@ def _read_site(
                     "a class folder holds another folder", where=site or root.path.name, fix=tree, code="folder-tree"
                 )
             patient = patients.get(path.relative_to(root.path).as_posix()) or _prefix(path.name)
-            rows.append(Row(path=path, name=name, site=site, label=label, patient=patient))
+            mask = folder / MASKS / f"{path.stem}.png" if target == "mask" else None
+            if mask is not None and not root.holds(mask):
+                problems.append(Problem(site=site, name=name, reason="mask: link leading out of the folder"))
+                continue
+            rows.append(Row(path=path, name=name, site=site, label=label, patient=patient, mask=mask))
     if len(rows) + len(problems) == before:
         problems.append(Problem(site=site, name=site, reason="no file in a class folder"))
 

@@ -23,10 +23,12 @@ class SiteImages:
     Attributes:
         name: 1 to 64 of ``a-z 0-9 _ -``.
         images: (N, H, W, 3) uint8, mapped from disk; index it with an integer array. Of a table: (N, 1, F) float32.
-        labels: (N,) int64, index into :attr:`Federation.classes`.
+        labels: (N,) int64, index into :attr:`Federation.strata`.
         groups: (N,) int64, opaque patient number, the same for a patient at every site.
         digests: SHA-256 of each file (of an image that a simulated shift changes: of both), hexadecimal.
         split: (N,) int8; 0 train, 1 validation, 2 test.
+        targets: what a model learns where that is not the label: masks (N, H, W) uint8, index into
+            :attr:`Federation.classes`; or time and event (N, 2) float32. ``target_digests``: one a row.
     """
 
     name: str
@@ -35,6 +37,8 @@ class SiteImages:
     groups: NDArray[np.int64]
     digests: tuple[str, ...]
     split: NDArray[np.int8]
+    targets: View | NDArray[np.float32] | None = None
+    target_digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_site_name(self.name)
@@ -50,7 +54,9 @@ class Federation:
 
     Attributes:
         name: shown in reports.
-        classes: names, in the order of the labels.
+        classes: names of what a model tells apart.
+        strata: names, in the order of the labels, by which images are split and drawn: the classes, but of other
+            targets what their images are called, or whether there was an event.
         sites: by name.
         image_size: (height, width) in pixels; (1, F) of a table of F numbers a row.
         synthetic: generated, not from patients.
@@ -60,6 +66,7 @@ class Federation:
 
     name: str
     classes: tuple[str, ...]
+    strata: tuple[str, ...]
     sites: tuple[SiteImages, ...]
     image_size: tuple[int, int]
     synthetic: bool

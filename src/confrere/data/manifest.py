@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from confrere import intake
 from confrere.data import folder, table
-from confrere.data.options import Partition
+from confrere.data.options import Partition, Target
 from confrere.data.paths import Root, check_class_name, check_site_name
 from confrere.data.sources import Listing
 from confrere.errors import DataError
@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 class _Head(_Strict):
     name: str = Field(min_length=1, max_length=100)
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "segmentation", "survival"] = "classification"
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
     synthetic: StrictBool = False
 
@@ -44,11 +44,11 @@ class _Manifest(_Strict):
     partition: Partition | None = None
 
 
-def read_manifest(path: Path) -> Listing:
+def read_manifest(path: Path, *, target: Target = "label") -> Listing:
     """List the files that a ``federation.toml`` names; its paths are relative to it and stay below it.
 
     ``[[site]]`` gives ``name`` and ``path``, a folder of classes or a table; instead of sites, ``[pool]``
-    gives one ``path`` and ``[partition]`` says how to deal it out.
+    gives one ``path`` and ``[partition]`` says how to deal it out. ``target``: what a model learns.
 
     Raises:
         DataError: TOML that does not parse, an unknown or missing key, a path that leaves the folder.
@@ -63,12 +63,12 @@ def read_manifest(path: Path) -> Listing:
             code="federation-file",
         )
     if manifest.pool is not None and manifest.partition is not None:
-        parts = [_read_pool(root, manifest.pool.path, manifest.partition, path.name)]
+        parts = [_read_pool(root, manifest.pool.path, manifest.partition, path.name, target)]
     else:
         names = [check_site_name(site.name, where=path.name) for site in manifest.site]
         if len(set(names)) < len(names):
             raise DataError("two sites have the same name", where=path.name, fix="rename one", code="federation-file")
-        parts = [_read_site(root, site, path.name) for site in manifest.site]
+        parts = [_read_site(root, site, path.name, target) for site in manifest.site]
     head = manifest.federation
     for name in head.classes or ():
         check_class_name(name, where=path.name)
@@ -116,17 +116,17 @@ def _hint(location: tuple[int | str, ...]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(model.model_fields)}"
 
 
-def _read_site(root: Root, site: _Site, where: str) -> Listing:
+def _read_site(root: Root, site: _Site, where: str, target: Target) -> Listing:
     path = _resolve(root, site.path, f"{where}, site {site.name}")
     if path.is_dir():
-        return folder.read_site(path, site.name)
-    return table.read_table(path, site=site.name)
+        return folder.read_site(path, site.name, target=target)
+    return table.read_table(path, site=site.name, target=target)
 
 
-def _read_pool(root: Root, name: str, how: Partition, where: str) -> Listing:
+def _read_pool(root: Root, name: str, how: Partition, where: str, target: Target) -> Listing:
     path = _resolve(root, name, where)
     if not path.is_dir():
-        return table.read_table(path, pooled=True, column=how.column)
+        return table.read_table(path, pooled=True, column=how.column, target=target)
     if how.column is not None:
         raise DataError(
             "a folder has no columns to partition by",
@@ -134,7 +134,7 @@ def _read_pool(root: Root, name: str, how: Partition, where: str) -> Listing:
             fix="give a table, or another by",
             code="federation-file",
         )
-    return folder.read_folder(path, pooled=True)
+    return folder.read_folder(path, pooled=True, target=target)
 
 
 def _resolve(root: Root, name: str, where: str) -> Path:

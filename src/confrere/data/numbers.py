@@ -26,10 +26,11 @@ from confrere.data.paths import check_class_name, site_id, slug
 from confrere.data.register import Registration, SiteFiles, number_groups
 from confrere.data.sources import Listing, Problem, Row
 from confrere.data.splits import TRAIN
-from confrere.data.table import SPLITS, collect, read_rows
+from confrere.data.table import EVENTS, SPLITS, TARGETS, collect, read_rows, time_of
 from confrere.errors import DataError
 
 _RESERVED = ("site", "label", "patient", "lesion", "split")
+_OF_TIME = ("time", "event")
 _MISSING = {"", "?", "na", "n/a", "nan", "none", "null"}
 _FAR = 10.0  # standard deviations: beyond, a site of few rows would drown the rest
 
@@ -39,11 +40,16 @@ def holds_numbers(path: Path, options: DataOptions) -> bool:
     if path.suffix.lower() != ".csv" or not path.is_file():
         return False
     try:
-        _, cells = next(iter(read_rows(path, ["label"])), (0, {}))
-        values = [_number(cells[name]) for name in cells if name not in (*_RESERVED, _dealt_by(options))]
+        _, cells = next(iter(read_rows(path, TARGETS[options.target])), (0, {}))
+        values = [_number(cells[name]) for name in cells if name not in (*_reserved(options), _dealt_by(options))]
     except (DataError, ValueError):
         return False
     return "path" not in cells and any(not math.isnan(value) for value in values)
+
+
+def _reserved(options: DataOptions) -> tuple[str, ...]:
+    """Return the columns that are no features."""
+    return (*_RESERVED, *(_OF_TIME if options.target == "time" else ()))
 
 
 def _dealt_by(options: DataOptions) -> str | None:
@@ -88,7 +94,7 @@ class Numbers:
 
 
 def read_numbers(path: Path, options: DataOptions) -> Numbers:
-    """Read a CSV file of numbers; every column but ``site, label, patient, lesion, split`` is a feature.
+    """Read a CSV file of numbers; every column but site, label, patient, lesion, split (time, event) is a feature.
 
     A gap is an empty cell, ``?``, ``NA`` or ``NaN``. Equal rows are different patients unless ``patient`` says
     otherwise. Neither the order of the rows nor that of the sites changes anything; the order of the columns does.
@@ -98,18 +104,19 @@ def read_numbers(path: Path, options: DataOptions) -> Numbers:
             by line.
     """
     pooled, column = options.partition is not None, _dealt_by(options)
-    needed = ["label", *([] if pooled else ["site"]), *([column] if column else [])]
+    needed = [*TARGETS[options.target], *([] if pooled else ["site"]), *([column] if column else [])]
     header = next(iter(read_rows(path, needed)), (0, dict[str, str]()))[1]
-    columns = tuple(name for name in header if name not in (*_RESERVED, column))
+    columns = tuple(name for name in header if name not in (*_reserved(options), column))
     seen: dict[str, str] = {}
-    made = collect(path, needed, lambda cells: _row(path, cells, columns, pooled, column, seen))
+    made = collect(path, needed, lambda cells: _row(path, cells, columns, options, seen))
     if len({row.split is None for row, _ in made}) == 2:
         raise DataError(
             "only some rows have a split", where=path.name, fix="fill the column, or remove it", code="splits"
         )
     rows, digests, repeats = [], {}, Counter[str]()
     for index, (row, values) in enumerate(made):
-        text = repr((row.site, row.label, row.patient, row.attribute, values))
+        told = (row.site, row.label, row.patient, row.attribute, values)
+        text = repr(told if row.time is None else (*told, row.time))
         repeats[text] += 1  # equal rows are told apart by their number, so that order does not matter
         rows.append(replace(row, name=f"row {index + 1}"))
         digests[rows[-1].name] = hashlib.sha256(f"{text}|{repeats[text]}".encode()).hexdigest()
@@ -122,18 +129,19 @@ def _row(
     path: Path,
     cells: Mapping[str, str],
     columns: Sequence[str],
-    pooled: bool,
-    column: str | None,
+    options: DataOptions,
     seen: dict[str, str],
 ) -> tuple[Row, tuple[float, ...]]:
     split = cells.get("split", "").lower()
     if split and split not in SPLITS:
         raise ValueError("split is not train, val or test")
+    time, column = time_of(cells) if options.target == "time" else None, _dealt_by(options)
     row = Row(
         path=path,
         name="",
-        site="" if pooled else site_id(cells["site"], seen),
-        label=check_class_name(cells["label"]),
+        site="" if options.partition is not None else site_id(cells["site"], seen),
+        label=EVENTS[time[1]] if time else check_class_name(cells["label"]),
+        time=time,
         patient=cells.get("patient") or cells.get("lesion") or None,
         split=SPLITS[split] if split else None,
         attribute=cells[column] if column else None,

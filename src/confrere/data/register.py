@@ -10,11 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from confrere import intake
 from confrere.data.cache import Entry, decoded, workers
 from confrere.data.decode import EMPTY, LARGE, most_bytes, refusal
 from confrere.data.options import DataOptions
 from confrere.data.sources import Problem, Row
+from confrere.data.view import View
 
 MISSING = "no such file"
 CONFLICT = "the same picture has two labels"
@@ -23,11 +27,13 @@ DUPLICATE = "the same picture again at this site"
 
 @dataclass(frozen=True, kw_only=True)
 class SiteFiles:
-    """One site's usable files in the order of their hashes: row i of ``entry`` is ``rows[i]``."""
+    """One site's usable files in the order of their hashes: row i of ``entry`` and ``targets`` is ``rows[i]``."""
 
     name: str
     rows: tuple[Row, ...]
     entry: Entry
+    targets: View | NDArray[np.float32] | None = None
+    target_digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

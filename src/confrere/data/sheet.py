@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confrere.data.cache import Fact
+from confrere.data.dicom import note_warnings
+from confrere.data.dicom_checks import in_short
 from confrere.data.register import CONFLICT, DUPLICATE
 from confrere.data.sources import Problem
 from confrere.data.splits import NAMES
@@ -34,7 +36,7 @@ def site_sheet(
     np.add.at(table, (labels, split), 1)
     mean = np.mean([fact.mean for fact in facts], axis=0)
     variance = np.mean([fact.square for fact in facts], axis=0) - mean**2
-    reasons = Counter(problem.reason for problem in problems)
+    reasons = Counter(in_short(problem.reason) for problem in problems)
     duplicates, conflicts = reasons.pop(DUPLICATE, 0), reasons.pop(CONFLICT, 0)
     return {
         "images": len(facts),
@@ -56,6 +58,7 @@ def site_sheet(
         "channel_std": [round(float(v) * 255, 2) for v in np.sqrt(np.maximum(variance, 0))],
         "formats": dict(sorted(Counter(fact.format for fact in facts).items())),
         "bad_files": dict(sorted(reasons.items())),
+        "notes": dict(sorted(Counter(note for fact in facts for note in fact.notes).items())),
         "duplicates": duplicates,
         "conflicts": conflicts,
         "outlier": False,
@@ -93,6 +96,8 @@ def class_warnings(sites: Mapping[str, dict[str, Any]], classes: Sequence[str], 
             f"The classes {' and '.join(repr(name) for name in group)} differ only in spelling and are kept "
             f"apart; if they are one class, give 'data.class_map={{{others}}}'."
         )
+    if "masks" in classes:
+        warnings.append("A class is called 'masks': if these are masks of the images, give task=segmentation.")
     for name in classes:
         totals = {site: sheet["classes"][name]["total"] for site, sheet in sites.items()}
         holders = [site for site, total in totals.items() if total]
@@ -105,18 +110,19 @@ def class_warnings(sites: Mapping[str, dict[str, Any]], classes: Sequence[str], 
     return warnings
 
 
-def site_warnings(sites: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Return sentences on sites that cannot be tested, look different, or lost files."""
+def site_warnings(sites: Mapping[str, dict[str, Any]], *, classes: bool = True) -> list[str]:
+    """Return sentences on sites that cannot be tested, look different, or lost files; ``classes``: those are learnt."""
     warnings = []
     for name, sheet in sites.items():
         for split in ("val", "test"):
             if sheet["splits"][split]["images"] == 0:
                 warnings.append(f"{name} has no image for {'validation' if split == 'val' else 'test'}.")
-        if sum(count["total"] > 0 for count in sheet["classes"].values()) == 1:
+        if classes and sum(count["total"] > 0 for count in sheet["classes"].values()) == 1:
             warnings.append(f"{name} has images of one class only; measures that need two stay undefined there.")
         if bad := sum(sheet["bad_files"].values()):
             reasons = ", ".join(f"{reason}: {n}" for reason, n in sheet["bad_files"].items())
             warnings.append(f"{name}: {bad} files are left out ({reasons}).")
+        warnings += note_warnings(name, sheet["notes"])
         if sheet["conflicts"]:
             warnings.append(f"{name}: {sheet['conflicts']} files are left out because a copy has another label.")
     for name in mark_outliers(sites):
@@ -134,7 +140,7 @@ def suppress_small(sheet: Mapping[str, Any], minimum: int = 5) -> dict[str, Any]
     for site in shared["sites"].values():
         for name in ("images", "patients", "duplicates", "conflicts"):
             site[name] = _hide(site[name], minimum)
-        for cells in (site["bad_files"], site["formats"]):
+        for cells in (site["bad_files"], site["formats"], site["notes"]):
             cells.update({key: _hide(value, minimum) for key, value in cells.items()})
         for measure in ("images", "patients"):
             _hide_together([(cells, measure) for cells in site["splits"].values()], minimum)

@@ -24,6 +24,7 @@ from confrere.data.view import View
 from confrere.errors import DataError, nearest
 from confrere.seeds import numpy_generator
 
+_OF_LABELS = ("label-noise", "concept", "backdoor")
 _VERSION = "1"  # of what the pixels of a shift depend on beside its options
 
 
@@ -97,6 +98,9 @@ def relabelled(
         DataError: nothing would be left to train on, or the site has too few classes.
     """
     said = []
+    if site.targets is not None and (kind := next((kind for kind in _OF_LABELS if kind in shifts), None)):
+        what, fix = f"{kind} changes labels, which are not what is learnt here", "leave it out"
+        raise DataError(what, where="data.shift", fix=fix, code="shift")
     if shift := shifts.get("missing-classes"):
         missing = chosen_classes(site, shift, classes, seed, spare=1)
         site = _only(site, (site.split != TRAIN) | ~np.isin(site.labels, missing))
@@ -244,7 +248,13 @@ def _only(site: SiteImages, keep: NDArray[np.bool_]) -> SiteImages:
         groups=site.groups[rows],
         split=site.split[rows],
         digests=tuple(site.digests[row] for row in rows),
+        targets=View(site.targets, rows) if isinstance(site.targets, View) else _rows(site.targets, rows),
+        target_digests=tuple(site.target_digests[row] for row in rows if site.target_digests),
     )
+
+
+def _rows(array: NDArray[np.float32] | None, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    return None if array is None else array[rows]
 
 
 def _digest(file: str, change: str) -> str:

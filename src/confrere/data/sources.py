@@ -25,6 +25,8 @@ class Row:
     patient: str | None = None
     split: SplitName | None = None
     attribute: str | None = None
+    mask: Path | None = None
+    time: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +83,18 @@ def _listing(path: Path, options: DataOptions) -> Listing:
                 code="path-leaves-data",
             )
         if (path / "federation.toml").is_file():
-            return manifest.read_manifest(path / "federation.toml")
-        return folder.read_folder(path, pooled=options.partition is not None)
+            return manifest.read_manifest(path / "federation.toml", target=options.target)
+        return folder.read_folder(path, pooled=options.partition is not None, target=options.target)
     if not path.is_file():
         raise DataError(
             "there is no such folder or file", where=path.name, fix="check the path of the data", code="no-such-path"
         )
     if path.suffix.lower() == ".toml":
-        return manifest.read_manifest(path)
+        return manifest.read_manifest(path, target=options.target)
     if path.suffix.lower() == ".csv":
-        partition = options.partition
-        return table.read_table(path, pooled=partition is not None, column=partition.column if partition else None)
+        how = options.partition
+        column = how.column if how else None
+        return table.read_table(path, pooled=how is not None, column=column, target=options.target)
     raise DataError(
         f"a {path.suffix or 'file without a suffix'} is not a federation",
         where=path.name,

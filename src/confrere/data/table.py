@@ -6,23 +6,29 @@ import csv
 import difflib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from confrere import intake
+from confrere.data.options import Target
 from confrere.data.paths import Root, check_class_name, site_id, slug
 from confrere.data.sources import Listing, Row, SplitName
 from confrere.errors import DataError
 
 SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 MOST_BYTES, MOST_COLUMNS = 100_000_000, 10_000
+TARGETS: dict[Target, tuple[str, ...]] = {"label": ("label",), "mask": ("mask",), "time": ("time", "event")}
+ALL, EVENTS = "all", ("censored", "event")
+"""What images without a label are called."""
 _SHOWN = 5
-_KNOWN = ("path", "label", "site", "patient", "lesion", "split", "file", "sha256")
+_KNOWN = ("path", "label", "mask", "time", "event", "site", "patient", "lesion", "split", "file", "sha256")
 T = TypeVar("T")
 
 
-def read_table(path: Path, *, pooled: bool = False, column: str | None = None, site: str | None = None) -> Listing:
+def read_table(
+    path: Path, *, pooled: bool = False, column: str | None = None, site: str | None = None, target: Target = "label"
+) -> Listing:
     """List the rows of a CSV file; image paths are relative to it.
 
     Args:
@@ -30,16 +36,18 @@ def read_table(path: Path, *, pooled: bool = False, column: str | None = None, s
         pooled: the rows name no site yet (a partition will).
         column: further column to keep, for a partition by attribute.
         site: all rows belong to this site and a ``site`` column is not read.
+        target: ``mask``: a column ``mask`` names every image's mask; ``time``: columns ``time`` and ``event``. Then
+            ``label`` may be missing, and only stratifies.
 
     Raises:
         DataError: encoding, header, a missing column or cell, or a path that leaves the folder, by line.
     """
-    needed = ["path", "label"]
+    needed = ["path", *TARGETS[target]]
     needed += ["site"] if not pooled and site is None else []
     needed += [column.strip().lower()] if column else []
     root = Root(path.parent)
     seen: dict[str, str] = {}
-    rows = tuple(collect(path, needed, lambda cells: _row(root, cells, pooled, column, site, seen)))
+    rows = tuple(collect(path, needed, lambda cells: _row(root, cells, pooled, column, site, seen, target)))
     if not rows:
         raise DataError(
             "the table has no rows", where=path.name, fix="write one line an image below the header", code="table-rows"
@@ -63,12 +71,20 @@ def read_patients(path: Path) -> dict[str, str]:
 
 
 def _row(
-    root: Root, cells: dict[str, str], pooled: bool, column: str | None, site: str | None, seen: dict[str, str]
+    root: Root,
+    cells: dict[str, str],
+    pooled: bool,
+    column: str | None,
+    site: str | None,
+    seen: dict[str, str],
+    target: Target,
 ) -> Row:
     split = cells.get("split", "").lower()
     if split and split not in SPLITS:
         raise ValueError("split is not train, val or test")
-    label = check_class_name(cells["label"])
+    time = time_of(cells) if target == "time" else None
+    # Empty only where another target counts; events must not all fall into one split.
+    label = check_class_name(cells.get("label") or (EVENTS[int(time[1])] if time else ALL))
     return Row(
         path=root.join(cells["path"]),
         name=cells["path"],
@@ -76,8 +92,23 @@ def _row(
         label=label,
         patient=cells.get("patient") or cells.get("lesion") or None,
         split=SPLITS[split] if split else None,
+        mask=root.join(cells["mask"]) if cells.get("mask") else None,
+        time=time,
         attribute=cells[column.strip().lower()] if column else None,
     )
+
+
+def time_of(cells: Mapping[str, str]) -> tuple[float, int]:
+    """Return time and event of a row; ValueError, which quotes nothing, for all but a positive number and 0 or 1."""
+    try:
+        time, event = float(cells["time"].replace("_", " ")), float(cells["event"].replace("_", " "))
+    except ValueError:
+        raise ValueError("time or event is no number") from None
+    if not 1e-30 < time < 1e30:  # what float32 keeps
+        raise ValueError("time is not a positive number")
+    if event not in (0.0, 1.0):
+        raise ValueError("event is neither 1 (seen) nor 0 (censored)")
+    return time, int(event)
 
 
 def collect(path: Path, needed: list[str], make: Callable[[dict[str, str]], T]) -> list[T]:

@@ -44,7 +44,7 @@ def data_findings(experiment: Experiment, federation: Federation) -> Iterator[Fi
 def _typing_errors(federation: Federation) -> Iterator[Finding]:
     """Yield classes of one site that are spelt nearly like a class of the others."""
     sites: dict[str, Any] = federation.sheet["sites"]
-    holders = {c: [s for s, site in sites.items() if site["classes"][c]["total"]] for c in federation.classes}
+    holders = {c: [s for s, site in sites.items() if site["classes"][c]["total"]] for c in federation.strata}
     for name, at in holders.items():
         others = [c for c, elsewhere in holders.items() if c != name and elsewhere and not set(at) & set(elsewhere)]
         near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)

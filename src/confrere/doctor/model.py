@@ -16,7 +16,7 @@ from confrere.doctor.finding import Finding, attempt
 from confrere.doctor.machine import LEAST_MEMORY, free_memory
 from confrere.doctor.places import room
 from confrere.errors import BackboneError, DataError, RunError
-from confrere.job import Task, initial
+from confrere.job import Prepared, initial
 from confrere.opening import depth_of, load_backbone
 from confrere.prefix import cache_dir
 from confrere.record.machine import cores
@@ -91,7 +91,7 @@ def cache_bytes(experiment: Experiment, federation: Federation, each: int) -> in
 def run_bytes(experiment: Experiment, federation: Federation, backbone: Backbone) -> int:
     """Return the bytes that a run writes at most: what the server and every site keep of every round, and exports."""
     method = experiment.build_method()
-    task = Task(experiment=experiment, method=method, federation=federation, backbones={"": backbone}, data={})
+    task = Prepared(experiment=experiment, method=method, federation=federation, backbones={"": backbone}, data={})
     each = sum(value.numel() * value.element_size() for value in initial(task, "").values())
     keep, sites = experiment.record.keep, len(federation.sites)
     rounds = experiment.rounds + 1 if not keep else min(experiment.rounds, keep + 1) + 1

@@ -91,12 +91,16 @@ def combine(
 ) -> tuple[State | None, list[Failure]]:
     """Return the server's new state from replies sorted by site, and whom the defence left out.
 
-    None instead of a state: fewer than ``needed`` replies came or are left. ``total`` stands for all replies where only
-    their sum is known.
+    None instead of a state: fewer than ``needed`` replies came or are left. None are needed where nobody was asked, and
+    for a method whose aggregate hides how many there were. ``total`` stands for all replies where only their sum is
+    known.
     """
-    if len(replies) < max(1, needed):
+    needed = max(1, needed) if requests and not method.release() else 0
+    if len(replies) < needed:
         return None, []
     if total is not None:
         return method.aggregate(server, [total]), []
+    if not replies:
+        return (method.aggregate(server, []) if method.release() else server), []
     left, failures = defence({reply.site: requests[reply.site].state for reply in replies}, replies)
-    return (method.aggregate(server, left) if len(left) >= max(1, needed) else None), failures
+    return (method.aggregate(server, left) if len(left) >= needed else None), failures

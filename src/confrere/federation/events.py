@@ -56,7 +56,7 @@ def failure(round_: int, failed: Failure) -> dict[str, Any]:
 def evaluation(
     round_: int, replies: Sequence[Reply], requests: Mapping[str, Request], *, counts: bool = True
 ) -> dict[str, Any]:
-    """Return the event of a judged round: balanced accuracy per site, its mean, the criterion of choice, bytes sent."""
+    """Return the event of a judged round: the task's score per site, its mean, the criterion of choice, bytes sent."""
     scores = {r.site: r.metrics["score"] for r in replies}
     return {
         "event": "evaluation",

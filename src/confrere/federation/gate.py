@@ -100,6 +100,8 @@ class Gate:
                 check_tensors(group, tensors, None if form is None else form[group], unequal=self.method.unequal)
             if form and not self.method.plausible(reply.state):
                 raise UpdateRefusedError("a number that is no weight cannot be meant", fix=SAME, code="update-values")
+            if request.kind == "train" and not self.method.admissible(reply.state, request.state):
+                raise UpdateRefusedError("the change is longer than the method allows", fix=SAME, code="update-size")
         except UpdateRefusedError as error:
             return error
         except Exception as error:  # of an object that only looks like plain data

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from confrere.errors import RunError
+from confrere.federation.budget import Budget
 from confrere.federation.defence import Defence, combine
 from confrere.federation.diagnostics import round_diagnostics
 from confrere.federation.events import begun, brief, evaluation, failure, refused_records, site_record
 from confrere.federation.gate import Gate
 from confrere.federation.recovery import begin
-from confrere.federation.sampling import sample
+from confrere.federation.sampling import Sampling, sample
 from confrere.federation.selection import should_stop, stopped, tidy
 from confrere.federation.transport import Failure, Transport
 from confrere.method import Method, Reply, Request
@@ -32,6 +33,8 @@ class Plan:
             better one; 0 never stops early.
         run: stamp of all messages. keep: delete states but of so many last rounds and the best one; 0 keeps all.
         train: sites asked to train; None for all. judge: sites asked to evaluate; None for all.
+        sampling: see :func:`confrere.federation.sampling.sample`. budget: ends the run before a round it does not
+            cover.
     """
 
     rounds: int
@@ -44,6 +47,8 @@ class Plan:
     keep: int = 0
     train: tuple[str, ...] | None = None
     judge: tuple[str, ...] | None = None
+    sampling: Sampling = "fixed"
+    budget: Budget | None = None
 
 
 def federate(
@@ -60,7 +65,8 @@ def federate(
     """Run rounds until the plan ends; continue after the last committed round of ``run`` that can be read.
 
     Raises:
-        RunError: in some round no site answered; the server's state of the round before stands.
+        RunError: in some round no site answered; the server's state of the round before stands. Or the budget was
+            spent before any round was committed.
     """
     gate, defence = gate or Gate(method=method, run=plan.run), defence or Defence()
     written = run.events()
@@ -71,13 +77,18 @@ def federate(
     for round_ in range(done + 1, plan.rounds + 1):
         if stopped(journal):
             break
-        cohort = sample(willing_sites(transport, plan), plan.fraction, plan.seed, round_)
+        spent = plan.budget.stops(run, round_) if plan.budget else None
+        if spent:
+            run.append(spent)
+            notify(spent)
+            break
+        cohort = sample(willing_sites(transport, plan), plan.fraction, plan.seed, round_, plan.sampling)
         requests = ask("train", cohort, method, server, plan, round_)
         intent = begun(round_, server, requests)
         if newest != [intent]:  # else a process that was killed wrote it, and nothing more
             run.append(intent)
         newest = []
-        server, events = one_round(method, server, requests, transport, plan, gate, defence)
+        server, events = one_round(method, server, requests, round_, transport, plan, gate, defence, run)
         reason = should_stop(method, [*journal, *events], round_, rounds=plan.rounds, patience=plan.patience)
         if reason:
             events.insert(0, {"event": "stop", "round": round_, "reason": reason})
@@ -105,19 +116,20 @@ def one_round(
     method: Method,
     server: State,
     requests: Mapping[str, Request],
+    round_: int,
     transport: Transport,
     plan: Plan,
     gate: Gate,
     defence: Defence,
+    run: Run,
 ) -> tuple[State, list[dict[str, Any]]]:
-    """Return the server's state after a round, and the round's events.
+    """Return the server's state after a round, and the round's events; what it releases is debited beforehand.
 
     Raises:
         RunError: every willing site was asked and none answered. Where only some were asked, the round is lost.
     """
     started = time.perf_counter()
-    round_ = next(iter(requests.values())).round
-    came = defence.collect(transport, requests, gate)
+    came = (defence if requests else Defence()).collect(transport, requests, gate)  # nobody may have been drawn
     replies, failures = came.replies, came.failures
     if not replies and not came.lost and len(requests) == len(willing_sites(transport, plan)):
         raise RunError(
@@ -126,6 +138,8 @@ def one_round(
             fix="; ".join(dict.fromkeys(f.fix for f in failures if f.fix)),
             code="no-replies",
         )
+    if released := method.release():
+        run.append({"event": "debit", "round": round_, **released})
     updated, left_out = combine(method, server, requests, replies, defence, plan.min_replies, came.total)
     failures = [*failures, *left_out]
     missing = ""

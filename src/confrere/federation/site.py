@@ -15,13 +15,12 @@ from confrere.adapters.algebra import pairs
 from confrere.backbones import Backbone
 from confrere.errors import UpdateRefusedError
 from confrere.federation.diagnostics import adapter_overlap
-from confrere.federation.examine import examine
 from confrere.federation.secure.participant import Participant
 from confrere.learner import Learner, TrainSettings, predict, refuse_infinite
 from confrere.method import Method, Reply, Request
-from confrere.metrics.classification import confidence, score
 from confrere.record.store import Store
 from confrere.seeds import numpy_generator
+from confrere.tasks.task import Answers
 from confrere.tensors import State, Tensors, digest
 from confrere.tokenset import TokenSet
 
@@ -67,7 +66,8 @@ class Site:
 
     def _train(self, request: Request) -> Reply:
         stored = self.store.reply(request.round)
-        if stored is not None:
+        # One that was made from another state, before noise was drawn anew, is no answer to this request.
+        if stored is not None and self.method.admissible(stored.state, request.state):
             return replace(stored, run=request.run)
         started = time.perf_counter()
         learner = Learner(
@@ -95,17 +95,17 @@ class Site:
     def _evaluate(self, request: Request) -> Reply:
         params = self.params(request)
         if request.split == "test":
-            known, logits = (self._predict(params, self.data.rows(split)) for split in ("val", "test"))
-            metrics, predictions = examine(known, logits, self.data, self.seed, self.name)
+            known, asked = (self._answers(params, self.data.rows(split)) for split in ("val", "test"))
+            rng = numpy_generator(self.seed, "bootstrap", self.name)
+            metrics, predictions = self.backbone.task.examine(known, asked, classes=self.data.classes, generator=rng)
             if self.keep is not None:
                 self.keep(request.model, predictions)
             return Reply(site=self.name, run=request.run, round=request.round, metrics=metrics)
         rows = self.validation_rows()
-        chances = self._predict(params, rows).double().softmax(1).numpy()
-        labels = self.data.labels[rows]
+        score, confidence = self.backbone.task.judge(self._answers(params, rows)) if len(rows) else (None, None)
         metrics = {
-            "score": score(chances, labels) if len(rows) else None,
-            "confidence": confidence(chances, labels) if len(rows) else None,
+            "score": score,
+            "confidence": confidence,
             "examples": len(rows),
             "overlap": self._look(params),
         }
@@ -128,8 +128,12 @@ class Site:
         kept = self.store.before(round_)
         return kept if kept is not None else self.method.init_site(self.initial())
 
+    def _answers(self, params: Tensors, rows: np.ndarray) -> Answers:
+        outputs = self._predict(params, rows)
+        return Answers(outputs=outputs, targets=self.data.targets(rows), groups=self.data.groups[rows])
+
     def _predict(self, params: Tensors, rows: np.ndarray) -> Tensor:
-        """Return logits; the last of each set of rows are kept, as one model is often asked for twice in a row."""
+        """Return outputs; the last of each set of rows are kept, as one model is often asked for twice in a row."""
         asked = digest({"": params})
         model, logits = self._predicted.get(rows.tobytes(), ("", None))
         if logits is None or model != asked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Ensemble(Method):
     Args:
         predicts: ``fused``, the ``ensemble`` of the sites' models or the site's ``own`` model.
     """
+
+    targets: ClassVar[tuple[str, ...]] = ("label",)
 
     predicts: str = "fused"
 

@@ -22,6 +22,7 @@ class Relevance(Method):
     """
 
     sends: ClassVar[tuple[str, ...]] = ("shared", "probe")
+    targets: ClassVar[tuple[str, ...]] = ("label",)
 
     similarity: str = "columns"
     temperature: float = 0.5

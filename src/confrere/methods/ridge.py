@@ -49,6 +49,7 @@ class Ridge(Method):
     sends: ClassVar[tuple[str, ...]] = ("statistics",)
     also_sends: ClassVar[tuple[str, ...]] = ("second moments of features and labels",)
     closed_form: ClassVar[bool] = True
+    targets: ClassVar[tuple[str, ...]] = ("label",)
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"lam": ("log", 1e-4, 10.0)}
 
     lam: float = 0.1

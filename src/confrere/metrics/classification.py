@@ -128,6 +128,8 @@ def check(
         DataError: shapes differ, a label is no class, or rows are not probabilities.
     """
     p, y, g = np.asarray(probabilities, np.float64), np.asarray(labels, np.int64), np.asarray(groups)
+    if p.ndim == 1:  # a value for every image, or a risk for every patient
+        return _risks(p, np.asarray(labels, np.float64), g) if y.ndim == 2 else _values(p, y, g)
     if p.ndim != 2 or y.shape != p.shape[:1] or g.shape != y.shape or n_classes not in (None, p.shape[-1]):
         raise DataError(
             f"probabilities {p.shape}, labels {y.shape}, groups {g.shape} and {n_classes} classes do not fit",
@@ -150,6 +152,22 @@ def check(
             code="metric-input",
         )
     return np.clip(p, 0.0, 1.0), y, g
+
+
+def _values(values: Floats, labels: Ints, groups: Ints) -> tuple[Floats, Ints, Ints]:
+    fits = labels.shape == groups.shape == values.shape and not labels.any()
+    if not fits or not (np.isfinite(values) & (values >= 0) & (values <= 1)).all():
+        what, fix = "values are not one in 0..1 for each image", "leave out images without a value"
+        raise DataError(what, where="evaluation", fix=fix, code="metric-input")
+    return values, labels, groups
+
+
+def _risks(risks: Floats, targets: Floats, groups: Ints) -> tuple[Floats, Any, Ints]:
+    fits = risks.shape == groups.shape and targets.shape == (len(risks), 2)
+    if not fits or not (np.isfinite(risks).all() and np.isfinite(targets).all() and (targets >= 0).all()):
+        what, fix = "risks and times are not one of each for a patient", "give (N,), (N, 2) and (N,)"
+        raise DataError(what, where="evaluation", fix=fix, code="metric-input")
+    return risks, targets, groups
 
 
 def _samples(probabilities: Floats, labels: Ints, patient_N: Ints, weights: Floats) -> tuple[dict[str, Floats], Floats]:

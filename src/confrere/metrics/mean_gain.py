@@ -26,7 +26,7 @@ from confrere.metrics.bootstrap import (
     ratio,
 )
 from confrere.metrics.classification import check
-from confrere.metrics.paired import Run, inference
+from confrere.metrics.paired import Run, classes_of, concordance, hits, inference, is_survival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +59,25 @@ def resample_site(
     checked = {name: [check(*run) for run in by_seed] for name, by_seed in runs.items()}
     _, labels, groups = next(iter(checked.values()))[0]
     everyone, patient_N = np.unique(groups, return_inverse=True)
-    P, K = len(everyone), next(iter(checked.values()))[0][0].shape[1]
+    P, survival = len(everyone), is_survival(next(iter(checked.values()))[0])
     if P < ENOUGH_PATIENTS:
         return None
     weights = draw(P, generator, resamples)
+    scores, right = {}, {}
+    if survival:
+        for name, by_seed in checked.items():
+            told = [concordance(run, patient_N, weights) for run in by_seed]
+            scores[name] = np.stack([samples for samples, _ in told], axis=1)
+            right[name] = np.stack([ranks for _, ranks in told])
+        images_PK = per_patient(patient_N, (labels[:, 1] > 0).astype(np.int64), (P, 2))
+        return SiteScores(scores=scores, right=right, patients=P, effective=effective_patients(images_PK))
+    K = classes_of(next(iter(checked.values()))[0])
     images_PK = per_patient(patient_N, labels, (P, K))
     below = weights @ images_PK
-    scores, right = {}, {}
     for name, by_seed in checked.items():
-        hits = [per_patient(patient_N, labels, (P, K), (run[0].argmax(1) == labels).astype(float)) for run in by_seed]
-        scores[name] = np.stack([mean_defined(ratio(weights @ one, below)) for one in hits], axis=1)
-        right[name] = np.stack(hits)
+        found = [per_patient(patient_N, labels, (P, K), hits(run)) for run in by_seed]
+        scores[name] = np.stack([mean_defined(ratio(weights @ one, below)) for one in found], axis=1)
+        right[name] = np.stack(found)
     return SiteScores(scores=scores, right=right, patients=P, effective=effective_patients(images_PK))
 
 
@@ -102,7 +110,7 @@ def mean_score(sites: Sequence[SiteScores], name: str) -> dict[str, float | None
         return {"mean": None, "low": None, "high": None}
     of_sites = [_widened(site.scores[name], site.effective).mean(axis=1) for site in sites]
     samples = np.mean(of_sites, axis=0)
-    low, high = np.quantile(samples[1:], [0.025, 0.975])
+    low, high = np.nanquantile(samples[1:], [0.025, 0.975])
     return {"mean": float(samples[0]), "low": max(0.0, float(low)), "high": min(1.0, float(high))}
 
 
@@ -114,7 +122,7 @@ def _widened(samples_RS: Floats, patients: float) -> Floats:
 
 def _patients(samples: Sequence[Floats], patients: Sequence[float]) -> float:
     """Return one more than Welch and Satterthwaite's degrees of freedom of a mean of independent hospitals."""
-    variances = np.array([one[1:].var() for one in samples])
+    variances = np.array([np.nanvar(one[1:]) for one in samples])  # undefined where no pair of a resample compares
     free = np.array(patients) - 1
     if not variances.any():
         return 1.0 + float(free.sum())

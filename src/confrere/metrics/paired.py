@@ -32,23 +32,31 @@ from confrere.metrics.bootstrap import (
     widened_p,
 )
 from confrere.metrics.classification import check
+from confrere.metrics.survival import harrell
 
 Run = tuple[Floats, Ints, Ints]
+"""(probabilities (N, K), labels (N,), groups (N,)); (values (N,) in 0..1, zeros (N,), groups (N,)), e.g. Dice; or
+(risks (N,), time and event (N, 2), groups (N,)), of which Harrell's concordance is compared."""
 FEW_PATIENTS = 20
 OTHERS = {"local": "training alone", "pooled": "training on the pooled data of all hospitals"}
 
 
 def paired_gain(
-    runs_a: Sequence[Run], runs_b: Sequence[Run], *, generator: np.random.Generator, resamples: int = 2000
+    runs_a: Sequence[Run],
+    runs_b: Sequence[Run],
+    *,
+    generator: np.random.Generator,
+    resamples: int = 2000,
+    metric: str = "balanced_accuracy",
 ) -> dict[str, Any]:
-    """Return the gain in balanced accuracy of A over B, its 95 % interval and two-sided p-value.
+    """Return the gain of A over B in balanced accuracy or mean value, its 95 % interval and two-sided p-value.
 
     Args:
-        runs_a: per seed (probabilities (N, K), labels (N,), groups (N,)); a patient keeps one number
-            over all seeds.
+        runs_a: per seed, see :data:`Run`; a patient keeps one number over all seeds.
         runs_b: the same for B: same seeds in the same order, same test images in the same order.
         generator: source of the resamples.
         resamples: R.
+        metric: name of what is compared.
 
     Returns:
         ``metric``, ``gain`` (mean over seeds, in -1..1), ``low``, ``high``, ``p``, ``patients``, ``seeds``,
@@ -71,7 +79,7 @@ def paired_gain(
         differ_P |= differs
         images.append(images_PK)
     samples = mean_defined(gains_RS)
-    out: dict[str, Any] = {"metric": "balanced_accuracy", "gain": None, "low": None, "high": None, "p": None}
+    out: dict[str, Any] = {"metric": metric, "gain": None, "low": None, "high": None, "p": None}
     out |= {"patients": P, "seeds": seeds, "note": None}
     if np.isnan(samples[0]):
         return out | {"note": "there are no test images"}
@@ -84,20 +92,46 @@ def paired_gain(
 
 def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np.ndarray, Floats]:
     """Return one seed's gain per resample (R,), on whom the models differ (P,), and images (P, K)."""
-    labels, K, P = a[1], a[0].shape[1], weights.shape[1]
-    hits_a, hits_b = (
-        per_patient(patient_N, labels, (P, K), (run[0].argmax(axis=1) == labels).astype(np.float64)) for run in (a, b)
-    )
+    if is_survival(a):
+        (one, ranks_a), (two, ranks_b) = (concordance(run, patient_N, weights) for run in (a, b))
+        differs: np.ndarray = (ranks_a != ranks_b).any(axis=1)
+        return one - two, differs, per_patient(patient_N, (a[1][:, 1] > 0).astype(np.int64), (weights.shape[1], 2))
+    labels, K, P = a[1], classes_of(a), weights.shape[1]
+    hits_a, hits_b = (per_patient(patient_N, labels, (P, K), hits(run)) for run in (a, b))
     images_PK = per_patient(patient_N, labels, (P, K))
     gain_RK = ratio(weights @ (hits_a - hits_b), weights @ images_PK)
     return mean_defined(gain_RK), (hits_a != hits_b).any(axis=1), images_PK
+
+
+def is_survival(run: Run) -> bool:
+    """Return whether a run's targets are times and events."""
+    return run[1].ndim == 2
+
+
+def concordance(run: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, Floats]:
+    """Return Harrell's concordance (R,), and the ranks of each patient's risk, summed (P, 1)."""
+    risk, targets = run[0], run[1]
+    samples = harrell(targets[:, 0].astype(np.float64), targets[:, 1] > 0, risk, weights[:, patient_N])
+    ranks = np.unique(risk, return_inverse=True)[1].astype(np.float64)
+    return samples, per_patient(patient_N, np.zeros_like(patient_N), (weights.shape[1], 1), ranks)
+
+
+def classes_of(run: Run) -> int:
+    """Return over how many classes a run's scores are averaged: one where each image has a value of its own."""
+    return 1 if run[0].ndim == 1 else run[0].shape[1]
+
+
+def hits(run: Run) -> Floats:
+    """Return each image's part (N,) of its class's score, in 0..1: whether it is right, or its own value."""
+    found: Floats = run[0] if run[0].ndim == 1 else (run[0].argmax(axis=1) == run[1]).astype(np.float64)
+    return found
 
 
 def inference(samples: Floats, by_seed: Floats, patients: float, differing: int) -> dict[str, Any]:
     """Return ``low``, ``high``, ``p`` and ``note`` from the sample (row 0), its resamples and the seeds' gains."""
     gain, drawn = samples[0], samples[1:][~np.isnan(samples[1:])]
     if not differing:
-        return {"low": 0.0, "high": 0.0, "p": 1.0, "note": "both models are right on the same test images"}
+        return {"low": 0.0, "high": 0.0, "p": 1.0, "note": "both models score the same on the same test images"}
     cut = tail(patients)
     low, high = np.quantile(drawn, [cut, 1 - cut])
     # Ties with zero count on both sides; + 1 because the sample itself is one possible draw.
@@ -158,7 +192,7 @@ def _paired(runs_a: Sequence[Run], runs_b: Sequence[Run]) -> list[tuple[Run, Run
                 fix="use one split file for both runs and keep the order of the test images",
                 code="metric-input",
             )
-    if len({a[0].shape[1] for a, _ in pairs}) > 1:
+    if len({classes_of(a) for a, _ in pairs if not is_survival(a)}) > 1:
         raise DataError(
             "the seeds differ in their number of classes",
             where="paired gain",
@@ -195,7 +229,7 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
         other: what A is compared with: ``"local"``, ``"pooled"`` or a phrase such as ``"plain averaging"``.
         subject: what A is.
     """
-    against = OTHERS.get(other, other)
+    against, measure = OTHERS.get(other, other), spoken(gain.get("metric", "balanced_accuracy"))
     people = f"{gain['patients']} test patient{'s' * (gain['patients'] != 1)}"
     if gain["gain"] is None:
         return f"At {site}, {subject} cannot be compared with {against}: {gain['note']}."
@@ -203,7 +237,7 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
     if gain["low"] is None:
         return (
             f"At {site}, {people} cannot show whether {subject} helped or harmed compared with {against} "
-            f"(difference in balanced accuracy {signed(points)} points)."
+            f"(difference in {measure} {signed(points)} points)."
         )
     low, high = 100 * gain["low"], 100 * gain["high"]
     caution = f" Only {people}: read this with caution." if gain["patients"] < FEW_PATIENTS else ""
@@ -212,20 +246,25 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
     paid = other in ("local", OTHERS["local"])
     if low > 0:
         return (
-            f"At {site}, {subject} raised the balanced accuracy by {points:.1f} points "
+            f"At {site}, {subject} raised the {measure} by {points:.1f} points "
             f"(95 % interval {low:.1f} to {high:.1f}) over {against}{': joining paid' * paid}.{caution}"
         )
     if high < 0:
         return (
-            f"At {site}, {subject} lowered the balanced accuracy by {-points:.1f} points "
+            f"At {site}, {subject} lowered the {measure} by {-points:.1f} points "
             f"(95 % interval {-high:.1f} to {-low:.1f}) compared with {against}"
             f"{': joining did not pay' * paid}.{caution}"
         )
     return (
         f"At {site}, there is no evidence that {subject} helped or harmed compared with {against} "
-        f"(difference in balanced accuracy {signed(points)} points, "
+        f"(difference in {measure} {signed(points)} points, "
         f"95 % interval {signed(low)} to {signed(high)}).{caution}"
     )
+
+
+def spoken(metric: str) -> str:
+    """Return the name of a metric as it stands in a sentence: ``balanced_accuracy`` is "balanced accuracy"."""
+    return {"dice": "Dice", "harrell": "concordance"}.get(metric, metric.replace("_", " "))
 
 
 def signed(points: float) -> str:

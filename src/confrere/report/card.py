@@ -6,14 +6,9 @@ from typing import Any
 
 from confrere.report.reading import Json, as_dict
 from confrere.report.render import environment
+from confrere.report.task import LEFT_OUT
 
 _LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "bsd-3-clause"}
-_METRICS = {
-    "balanced_accuracy": "Balanced accuracy",
-    "auroc": "AUROC",
-    "f1": "F1",
-    "ece": "Expected calibration error",
-}
 
 
 def card(summary: Json) -> str:
@@ -25,8 +20,14 @@ def card(summary: Json) -> str:
         summary: what :func:`summarize` returned.
     """
     template = environment(html=False).get_template("card.md.j2")
-    text = template.render(s=summary, front=_front_matter(summary), metrics=_METRICS, licence=_licence(summary))
+    text = template.render(
+        s=summary, front=_front_matter(summary), measures=_measures(summary), licence=_licence(summary)
+    )
     return text.strip() + "\n"
+
+
+def _measures(summary: Json) -> list[Json]:
+    return [measure for measure in summary["task"]["measures"] if measure["key"] not in LEFT_OUT]
 
 
 def _front_matter(summary: Json) -> str:
@@ -41,7 +42,7 @@ def _front_matter(summary: Json) -> str:
         language="en",
         license=_licence(summary),
         library_name="peft",
-        pipeline_tag="image-classification",
+        pipeline_tag=f"image-{summary['task']['name']}",
         base_model=_base_model(summary),
         tags=tags,
         model_name=f"{federation['name'] or 'federation'}-{summary['method']}",
@@ -58,19 +59,19 @@ def _results(summary: Json) -> list[Any]:
     found = []
     for site in summary["sites"]:
         scores = site["models"].get(main)
-        for metric, title in _METRICS.items():
-            value = scores["metrics"][metric]["value"] if scores else None
+        for measure in _measures(summary):
+            value = scores["metrics"][measure["key"]]["value"] if scores else None
             if value is not None:
                 result = EvalResult(
-                    task_type="image-classification",
-                    task_name="Image classification",
+                    task_type=f"image-{summary['task']['name']}",
+                    task_name=f"Image {summary['task']['title'].lower()}",
                     dataset_type="private",
                     dataset_name=f"{name}, {site['name']}",
                     # The hub merges results that differ in nothing else.
                     dataset_config=site["name"],
                     dataset_split="test",
-                    metric_type=metric,
-                    metric_name=title,
+                    metric_type=measure["key"],
+                    metric_name=measure["title"],
                     metric_value=round(value, 4),
                 )
                 found.append(result)

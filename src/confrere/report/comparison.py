@@ -9,6 +9,7 @@ from typing import Any
 
 from confrere.report.reading import Json, as_dict, as_list, need, number, read_json
 from confrere.report.summarize import gain_limit, interval, outcome
+from confrere.report.task import LEFT_OUT, METRICS, task_of
 
 CONTROLS = ("local", "pooled")
 SURE = 0.05
@@ -26,7 +27,11 @@ def summarize_comparison(directory: Path) -> Json:
         RunError: ``comparison.json`` or one of its required keys is missing or damaged.
     """
     given = read_json(directory, "comparison.json")
-    methods = sorted(map(_method, need(given, "methods", "comparison.json")), key=_order)
+    task = task_of(given, "comparison.json")
+    task["measures"] = [measure for measure in task["measures"] if measure["key"] not in LEFT_OUT]
+    headline, measured = task["headline"], [measure["key"] for measure in task["measures"]]
+    methods = [_method(one, measured) for one in need(given, "methods", "comparison.json")]
+    methods.sort(key=lambda method: _order(method[headline]["value"]))
     pairs, local, overall = ([_pair(as_dict(p)) for p in as_list(given.get(key))] for key in PAIRS)
     sites = list(dict.fromkeys(site for method in methods for site in method["sites"]))
     titles = {method["name"]: method["title"] for method in methods}
@@ -36,13 +41,14 @@ def summarize_comparison(directory: Path) -> Json:
         "kind": "comparison",
         "format": 2,
         "title": f"{len(methods)} methods compared",
+        "task": task,
         "federation": {key: federation.get(key) for key in ("name", "synthetic", "classes", "digest")},
         "data": [
             {key: as_dict(one).get(key) for key in ("name", "digest", "own")} for one in as_list(given.get("data"))
         ],
         "experiment": _without_path(given.get("experiment")),
         "methods": methods,
-        "axis": _axis([method["balanced_accuracy"] for method in methods]),
+        "axis": _axis([method[headline] for method in methods]),
         "sites": sites,
         "pairs": pairs,
         "local_pairs": local,
@@ -51,7 +57,7 @@ def summarize_comparison(directory: Path) -> Json:
         "overall_limit": gain_limit([gain for method in methods for gain in method["gains"].values()]),
         "titles": titles,
         "heat": _heat(methods, sites, local),
-        "front": _front(methods),
+        "front": _front(methods, headline),
         "ranks": _ranks(as_dict(given.get("ranks")), titles),
         "scores": as_list(given.get("scores")),
         "tuning": _tuning(as_dict(given.get("tuning")), list(titles)),
@@ -68,9 +74,10 @@ def _without_path(experiment: Any) -> str | None:
 PAIRS = ("pairs", "local_pairs", "overall")
 
 
-def _method(given: Json) -> Json:
+def _method(given: Json, measured: Sequence[str]) -> Json:
+    headline, *others = measured
     name = need(given, "name", "comparison.json, methods")
-    main = as_dict(need(given, "balanced_accuracy", f"comparison.json, methods, {name}"))
+    main = as_dict(need(given, headline, f"comparison.json, methods, {name}"))
     worst = {"value": main.get("worst"), "low": main.get("worst_low"), "high": main.get("worst_high")}
     if given.get("worst_site"):  # by its mean over seeds; without its name, the mean of every seed's lowest
         worst = as_dict(as_dict(given.get("sites")).get(given["worst_site"]))
@@ -81,11 +88,11 @@ def _method(given: Json) -> Json:
         "name": name,
         "title": str(given.get("title") or name),
         "seeds": as_list(given.get("seeds")),
-        "balanced_accuracy": interval(main),
+        headline: interval(main),
         "worst": interval(worst),
         "worst_site": given.get("worst_site"),
-        **{key: interval(given.get(key)) for key in ("auroc", "f1", "ece")},
-        "general": interval(as_dict(general).get("balanced_accuracy", general)),
+        **{key: interval(given.get(key)) for key in others},
+        "general": interval(as_dict(general).get(headline, general)),
         "gains": gains,
         **{key: number(given.get(key)) for key in ("bytes", "bytes_per_round", "seconds")},
         "target": {key: number(target.get(key)) for key in ("bytes", "seconds", "reached", "runs")} if target else None,
@@ -94,8 +101,7 @@ def _method(given: Json) -> Json:
     }
 
 
-def _order(method: Json) -> float:
-    score = method["balanced_accuracy"]["value"]
+def _order(score: float | None) -> float:
     return math.inf if score is None else -float(score)
 
 
@@ -152,9 +158,9 @@ def _heat(methods: Sequence[Json], sites: Sequence[str], local: Sequence[Json]) 
     return {"against": "local" if alone else "mean", "rows": rows} if sites else None
 
 
-def _front(methods: Sequence[Json]) -> list[str]:
+def _front(methods: Sequence[Json], headline: str = METRICS[0]) -> list[str]:
     """Return the methods that no other one beats in mean score for the same or fewer bytes."""
-    known = [(m["bytes"], m["balanced_accuracy"]["value"], m["name"]) for m in methods]
+    known = [(m["bytes"], m[headline]["value"], m["name"]) for m in methods]
     points = [point for point in known if point[0] is not None and point[1] is not None]
     return [
         name

@@ -21,13 +21,13 @@ _CROWD = 20  # of so many points all have their number; of more, the front and t
 
 def drawn(summary: Json) -> dict[str, str]:
     """Return the drawings of a comparison: ``pareto`` and ``ranks``, where there is something to draw."""
-    found = {}
+    found, headline = {}, summary["task"]["headline"]
     points = [
-        (number, m["bytes"], m["balanced_accuracy"]["value"], m["name"] in summary["front"])
+        (number, m["bytes"], m[headline]["value"], m["name"] in summary["front"])
         for number, m in enumerate(summary["methods"], 1)
-        if m["bytes"] is not None and m["balanced_accuracy"]["value"] is not None
+        if m["bytes"] is not None and m[headline]["value"] is not None
     ]
-    pooled = [m["balanced_accuracy"]["value"] for m in summary["methods"] if m["name"] == "pooled"]
+    pooled = [m[headline]["value"] for m in summary["methods"] if m["name"] == "pooled"]
     if len(points) > 1:
         found["pareto"] = pareto(points, [value for value in pooled if value is not None])
     if summary["ranks"] and not summary["ranks"]["many"]:

@@ -208,15 +208,14 @@ def _charts(summary: Json) -> dict[str, str]:
 
 
 def _axis(summary: Json) -> Json:
-    """Return the range of the axis of balanced accuracy that all strips of the page share, tenths."""
+    """Return the range of the axis of the headline metric that all strips of the page share, tenths."""
+    headline = summary["task"]["headline"]
     if summary["kind"] == "run":
         models = [scores for site in summary["sites"] for scores in site["models"].values()]
-        cells = [scores["metrics"]["balanced_accuracy"] for scores in models]
+        cells = [scores["metrics"][headline] for scores in models]
         cells += [{"low": None, "value": scores["chance"], "high": None} for scores in models]
     else:
-        cells = [
-            cell for method in summary["methods"] for cell in (method["balanced_accuracy"], *method["sites"].values())
-        ]
+        cells = [cell for method in summary["methods"] for cell in (method[headline], *method["sites"].values())]
     ends = [cell[key] for cell in cells for key in ("low", "value", "high") if cell[key] is not None]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     low, high = math.floor(low * 10 + 1e-9) / 10, min(1.0, math.ceil(high * 10 - 1e-9) / 10)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from confrere.report.reading import Json, as_dict, as_list
 
 
-def arrange(sheet: Json, classes: list[str]) -> Json | None:
+def arrange(sheet: Json, classes: list[str], called: str = "class") -> Json | None:
     """Return the sheet as tables, or None when there is none; keys it does not know are kept under "rest".
 
     Args:
         sheet: ``{"sites": {site: {key: value}}, "warnings": [...]}``.
-        classes: names of the classes; an entry keyed by these is a table of counts.
+        classes: names of the classes or strata; an entry keyed by these is a table of counts.
+        called: what one of these is.
     """
     sites = {name: _by_split(as_dict(entry)) for name, entry in as_dict(sheet.get("sites")).items()}
     warnings = [str(warning) for warning in as_list(sheet.get("warnings"))]
@@ -30,7 +31,7 @@ def arrange(sheet: Json, classes: list[str]) -> Json | None:
     return {
         "columns": [label(key) for key in flat],
         "rows": rows,
-        "classes": _class_table(sites, counted, classes) if counted else None,
+        "classes": _class_table(sites, counted, classes) | {"called": called} if counted else None,
         "rest": {"columns": [label(key) for key in rest], "rows": others} if rest else None,
         "extra": [[label(key), value] for key, value in extra.items()],
         "warnings": warnings,

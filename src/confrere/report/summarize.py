@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from confrere.metrics import across_sites
@@ -20,8 +20,8 @@ from confrere.report.reading import (
     read_text,
 )
 from confrere.report.sheet import arrange
+from confrere.report.task import METRICS, task_of
 
-METRICS = ("balanced_accuracy", "auroc", "f1", "accuracy", "ece")
 MODEL_TITLES = {
     "personalised": "Personalised",
     "general": "General",
@@ -45,8 +45,10 @@ def summarize(run: Path) -> Json:
     results, federation = read_json(run, "results.json"), read_json(run, "federation.json")
     events = read_events(run)
     classes = [str(name) for name in need(federation, "classes", "federation.json")]
+    strata = [str(name) for name in as_list(federation.get("strata"))] or classes
+    task = task_of(results, "results.json")
     controls = _controls(run)
-    sites = _sites(results, controls, classes)
+    sites = _sites(results, controls, classes, [measure["key"] for measure in task["measures"]])
     models = [key for key in _model_order(controls) if any(key in site["models"] for site in sites)]
     verdicts = _verdicts(read_optional(run, "verdicts.json"), sites)
     summary: Json = {
@@ -55,17 +57,20 @@ def summarize(run: Path) -> Json:
         "title": str(results.get("title") or need(results, "method", "results.json")),
         "method": need(results, "method", "results.json"),
         "method_info": as_dict(results.get("method_info")),
+        "task": task,
         **{key: results.get(key) for key in ("seed", "round", "rounds", "seconds", "held_out")},
         "federation": _federation(federation, sites),
         "backbone": read_optional(run, "backbone.json"),
         "verdicts": verdicts,
         "models": [{"key": key, "title": title_of(key)} for key in models],
         "sites": sites,
-        "drawn": _drawn(sites),
+        "drawn": _drawn(sites, task["headline"]),
         "notes": _notes(sites),
-        "across": [_across(key, sites, as_dict(results.get("summary"))) for key in models],
+        "by_class": _scored_classes(sites, classes),
+        "confusions": any(_main(site).get("confusion") for site in sites),
+        "across": [_across(key, sites, as_dict(results.get("summary")), task["headline"]) for key in models],
         **progress.sections(events or [], results),
-        "sheet": arrange(as_dict(federation.get("sheet")), classes),
+        "sheet": arrange(as_dict(federation.get("sheet")), strata, "class" if strata == classes else "stratum"),
         "experiment": _without_path(read_text(run, "experiment.toml")),
         "machine": as_dict(results.get("machine")),
     }
@@ -100,12 +105,12 @@ def gain_limit(gains: Iterable[Json]) -> float:
     return max(0.05, math.ceil(round(max(ends, default=0.0) * 20, 6)) / 20)
 
 
-def _drawn(sites: list[Json]) -> list[str]:
+def _drawn(sites: list[Json], headline: str = METRICS[0]) -> list[str]:
     """Return the hospitals that have panels: all, or those whose model scores lowest, unscored ones last."""
 
     def order(site: Json) -> tuple[bool, float, str]:
         scores = site["models"][site["main"]]["metrics"] if site["main"] else {}
-        value = number(as_dict(scores.get("balanced_accuracy")).get("value"))
+        value = number(as_dict(scores.get(headline)).get("value"))
         return value is None, value or 0.0, site["name"]
 
     lowest = sorted(sites, key=order)[:DRAWN]
@@ -123,17 +128,18 @@ def _model_order(controls: dict[str, Json]) -> list[str]:
     return ["personalised", "general", *controls]
 
 
-def _sites(results: Json, controls: dict[str, Json], classes: list[str]) -> list[Json]:
+def _sites(results: Json, controls: dict[str, Json], classes: list[str], keys: Sequence[str]) -> list[Json]:
     sites = []
     for name, site in need(results, "sites", "results.json").items():
         where = f"results.json, sites.{name}"
-        models = {key: model_scores(value, classes) for key, value in need(site, "models", where).items() if value}
+        given = {key: value for key, value in need(site, "models", where).items() if value}
+        models = {key: model_scores(value, classes, keys) for key, value in given.items()}
         for control, other in controls.items():
             theirs = as_dict(as_dict(as_dict(other.get("sites")).get(name)).get("models"))
             value = theirs.get("personalised") or theirs.get("general")
             if value:
-                models[control] = model_scores(value, classes)
-        keys = ("temperature", "ece_before", "sent_bytes", "received_bytes")
+                models[control] = model_scores(value, classes, keys)
+        numbers = ("temperature", "ece_before", "sent_bytes", "received_bytes")
         sites.append(
             {
                 "name": name,
@@ -141,22 +147,24 @@ def _sites(results: Json, controls: dict[str, Json], classes: list[str]) -> list
                 "models": models,
                 "main": next(iter(models), None),
                 "reliability": as_list(site.get("reliability")),
-                **{key: number(site.get(key)) for key in keys},
+                **{key: number(site.get(key)) for key in numbers},
             }
         )
     return sites
 
 
-def model_scores(scores: Json, classes: list[str]) -> Json:
-    """Return one model's test scores at one site, every metric an interval."""
+def model_scores(scores: Json, classes: list[str], keys: Sequence[str] = METRICS) -> Json:
+    """Return one model's test scores at one site, every metric an interval; balanced accuracy has a ``chance``."""
     absent = [str(name) for name in as_list(scores.get("absent"))]
-    present = len(classes) - len(absent)
+    present, of_classes = len(classes) - len(absent), keys[0] == METRICS[0]
+    by_class = as_dict(scores.get("by_class"))
     return {
         "n": scores.get("n"),
         "patients": scores.get("patients"),
-        "metrics": {key: interval(scores.get(key)) for key in METRICS},
-        "chance": 1 / present if present else None,
-        "recall": {name: interval(as_dict(scores.get("recall")).get(name)) for name in classes},
+        "metrics": {key: interval(scores.get(key)) for key in keys},
+        "chance": 1 / present if present and of_classes else None,
+        "recall": {name: interval(as_dict(scores.get("recall")).get(name)) for name in classes if of_classes},
+        "by_class": {name: interval(by_class[name]) for name in classes if name in by_class},
         "confusion": scores.get("confusion"),
         "absent": absent,
         "notes": [str(note) for note in as_list(scores.get("notes"))],
@@ -172,12 +180,18 @@ def _notes(sites: list[Json]) -> list[Json]:
     return [{"text": text, "sites": names} for text, names in found.items()]
 
 
+def _scored_classes(sites: list[Json], classes: list[str]) -> list[str]:
+    """Return the classes that have a score of their own; none where it is the only one, and so the whole score."""
+    known = {name for site in sites for name in _main(site).get("by_class", {})}
+    return [name for name in classes if name in known] if len(known) > 1 else []
+
+
 def _main(site: Json) -> Json:
     """Return the scores of the site's first model, or nothing without one."""
     return as_dict(site["models"].get(site["main"]))
 
 
-def _across(model: str, sites: list[Json], given: Json) -> Json:
+def _across(model: str, sites: list[Json], given: Json, headline: str) -> Json:
     """Return mean, worst site and spread: as the run wrote them, or over the sites for a control."""
     row: Json = {"model": model, "title": title_of(model)}
     written = as_dict(given.get(model))
@@ -185,7 +199,7 @@ def _across(model: str, sites: list[Json], given: Json) -> Json:
         keys = ("mean", "worst", "spread")
         return row | {key: number(written.get(key)) for key in keys} | {"worst_site": written.get("worst_site")}
     cells = {site["name"]: site["models"].get(model) for site in sites}
-    values = {name: cell["metrics"]["balanced_accuracy"]["value"] for name, cell in cells.items() if cell}
+    values = {name: cell["metrics"][headline]["value"] for name, cell in cells.items() if cell}
     return row | {key: value for key, value in across_sites.summary(values).items() if key != "undefined"}
 
 
@@ -237,13 +251,13 @@ def _card(site: Json, judged: Json) -> Json:
 
 def _omitted(summary: Json) -> list[Json]:
     """Say in one line each which sections have no data, and why."""
+    classes = summary["task"]["name"] == "classification"
     bins = any(site["reliability"] for site in summary["sites"])
-    tables = any(scores["confusion"] for site in summary["sites"] for scores in site["models"].values())
     checks = [
         (summary["verdicts"], "Verdicts", "the run trained no controls to compare with"),
         (summary["curves"], "Learning curves", "the run recorded no validation scores"),
-        (bins, "Calibration", "the run recorded no reliability bins"),
-        (tables, "Confusion matrices", "the run recorded none"),
+        (bins or not classes, "Calibration", "the run recorded no reliability bins"),
+        (summary["confusions"] or not classes, "Confusion matrices", "the run recorded none"),
         (summary["similarity"], "Similarity of the sites", "the run recorded no similarity of updates"),
         (
             summary["separation"],

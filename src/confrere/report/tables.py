@@ -10,6 +10,7 @@ from typing import Any
 from confrere.report.reading import Json, as_dict
 
 CONTROLS = ("local", "pooled")
+_SHORT = {"balanced_accuracy": r"Bal.\ acc."}
 _TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -29,7 +30,8 @@ def tables(summary: Json) -> dict[str, str]:
 def _record(summary: Json, method: Json) -> Json:
     """Return one method's line: shares in 0..1, gains as differences of shares, bytes, seconds; empty: undefined."""
     found: Json = {"method": method["name"], "title": method["title"]}
-    for key in ("balanced_accuracy", "worst", "auroc", "f1", "ece", "general"):
+    headline, *others = (measure["key"] for measure in summary["task"]["measures"])
+    for key in (headline, "worst", *others, "general"):
         found |= {key: method[key]["value"], f"{key}_low": method[key]["low"], f"{key}_high": method[key]["high"]}
     found["worst_site"] = method["worst_site"]
     for control in CONTROLS:
@@ -57,22 +59,23 @@ def _csv(records: Sequence[Json]) -> str:
 
 def latex(summary: Json) -> str:
     r"""Return a ``tabular`` for the package booktabs; gains that the corrected test shows are bold."""
-    seeds = summary["seeds"] or []
+    seeds, task = summary["seeds"] or [], summary["task"]
+    title = escape(task["headline_title"])
     over = "patients" if summary["intervals"] == "patients" else "seeds"
     lines = [
         r"% Needs \usepackage{booktabs}. Written by confrere compare.",
-        f"% Balanced accuracy in per cent, mean over {len(summary['sites'])} hospitals and {len(seeds)} seeds, with",
+        f"% {title} in per cent, mean over {len(summary['sites'])} hospitals and {len(seeds)} seeds, with",
         f"% 95 % intervals over {over}. Gains in points with 95 % intervals over patients and seeds; bold: p < 0.05",
         "% after Holm's correction over all pairs of methods. MB: of a whole run, all hospitals.",
         r"\begin{tabular}{lccccr}",
         r"\toprule",
-        r"Method & Bal.\ acc. & Worst hospital & Over local & Over pooled & MB \\",
+        rf"Method & {_SHORT.get(task['headline'], title)} & Worst hospital & Over local & Over pooled & MB \\",
         r"\midrule",
     ]
     for method in summary["methods"]:
         gains = [_gain(method["gains"].get(control)) for control in CONTROLS]
         size = "--" if method["bytes"] is None else f"{method['bytes'] / 1e6:.2f}"
-        cells = [escape(method["title"]), _share(method["balanced_accuracy"]), _share(method["worst"]), *gains, size]
+        cells = [escape(method["title"]), _share(method[task["headline"]]), _share(method["worst"]), *gains, size]
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 

@@ -43,7 +43,7 @@ class _OfRun(Collector):
         yield _gauge("confrere_site_waiting", "1 for a site that owes an answer", "site",
                      {site.name: site.waiting for site in sites})  # fmt: skip
         yield _gauge("confrere_site_loss", "Last training loss", "site", {site.name: site.loss for site in sites})
-        yield _gauge("confrere_site_score", "Last validation score, balanced accuracy in [0, 1]", "site",
+        yield _gauge("confrere_site_score", "Last validation score in [0, 1], of the run's task", "site",
                      {site.name: site.score for site in sites})  # fmt: skip
         moved = CounterMetricFamily(
             "confrere_site_bytes", "Bytes of tensors that a site sent or received", labels=["site", "direction"]

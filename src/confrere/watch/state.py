@@ -21,8 +21,8 @@ class SiteState:
 
     ``online`` is None where nobody says so: in one process there is no line that could be down. ``waiting``: it was
     asked and has not answered. ``refused``: the code with which the coordinator turns it away now. ``refusals``: how
-    many of its answers failed or were refused, by code. ``score`` is balanced accuracy on validation images, in
-    [0, 1]. Bytes as the site sees them, of tensors in training requests and replies.
+    many of its answers failed or were refused, by code. ``score`` is on validation images, by the
+    task of the run, in [0, 1]. Bytes as the site sees them, of tensors in training requests and replies.
     """
 
     name: str

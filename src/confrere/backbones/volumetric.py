@@ -1,0 +1,203 @@
+"""Networks that segment volumes, trained whole: a U-Net, UNETR and Swin UNETR, small enough for a processor.
+
+The first two are in :mod:`~confrere.backbones.volume_nets`; Swin UNETR (Hatamizadeh et al., 2022, arXiv:2201.01266) is
+MONAI's own class, which takes ten seconds of a processor to import.
+
+Shapes: B volumes of X x Y x Z voxels, C channels, K classes; a stage of an encoder is (B, D, x, y, z).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from confrere.backbones.volume_nets import Size, Unet, Unetr
+from confrere.errors import BackboneError, ConfigError, MissingExtraError, nearest
+
+NAMES = ("swinunetr", "unet", "unetr")
+
+_WIDTHS = {"swinunetr": 12, "unet": 8, "unetr": 8}
+_HEADS = {"swinunetr": 3, "unetr": 4}
+_DEPTHS = {"swinunetr": 2, "unetr": 4}
+_TABLES = ("position_embeddings", "relative_position_bias_table")
+
+
+def build(
+    name: str,
+    *,
+    classes: int,
+    size: Size,
+    generator: torch.Generator,
+    channels: int = 1,
+    width: int | None = None,
+    hidden: int = 96,
+    heads: int | None = None,
+    depth: int | None = None,
+    patch: int = 8,
+    window: int = 4,
+) -> nn.Module:
+    """Return a network from volumes (B, C, X, Y, Z) to class scores (B, K, X, Y, Z), with initial weights.
+
+    The same generator state gives the same bytes. The output layer is drawn last: networks that differ in ``classes``
+    alone are alike everywhere else. The global generator is not touched.
+
+    Args:
+        name: one of :data:`NAMES`.
+        classes: K, background among them; 1 where the network is to reconstruct.
+        size: voxels along X, Y, Z of what the network is trained on.
+        generator: draws the weights.
+        channels: C.
+        width: channels at full resolution; default 8, of Swin UNETR 12 (and a multiple of that).
+        hidden: channels of UNETR's tokens.
+        heads: of attention; of Swin UNETR: in the first stage, doubled in each further one. Default 4, 3.
+        depth: transformer blocks; of Swin UNETR: in each of four stages. Default 4, 2.
+        patch: edge in voxels of UNETR's patches: 4, 8 or 16.
+        window: edge in tokens of Swin UNETR's windows.
+
+    Raises:
+        BackboneError: no such network, or it does not take this size.
+        ConfigError: numbers that do not go together.
+        MissingExtraError: Swin UNETR without MONAI.
+    """
+    if name not in NAMES:
+        raise BackboneError(
+            f"there is no network for volumes called {name!r:.80}", fix=nearest(name, NAMES), code="unknown-backbone"
+        )
+    width = width or _WIDTHS[name]
+    heads, depth = heads or _HEADS.get(name, 1), depth or _DEPTHS.get(name, 1)
+    _check(name, size, width=width, hidden=hidden, heads=heads, patch=patch)
+    with _Undrawn():
+        if name == "unet":
+            net: nn.Module = Unet(channels, classes, width)
+        elif name == "unetr":
+            net = Unetr(channels, classes, size, width, hidden, heads, depth, patch)
+        else:
+            net = _swin(channels, classes, width, heads, depth, window)
+    initialise(net, generator)
+    return net
+
+
+def initialise(net: nn.Module, generator: torch.Generator) -> None:
+    """Draw every parameter anew, in the order of the modules, by PyTorch's rule for the module's type.
+
+    Convolutions and linear layers: He's uniform rule with a = sqrt(5); norms: 1 and 0; tables of positions: normal of
+    standard deviation 0.02, cut at 2.
+
+    Raises:
+        BackboneError: there is no rule for a parameter.
+    """
+    for module in net.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.Linear | nn.Conv3d | nn.ConvTranspose3d):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5  # PyTorch's fan-in, also where the convolution is transposed
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+        elif isinstance(module, nn.LayerNorm | nn.InstanceNorm3d):
+            for key, value in own.items():
+                nn.init.constant_(value, 1.0 if key == "weight" else 0.0)
+        else:
+            for key, value in own.items():
+                if key not in _TABLES:
+                    raise BackboneError(f"there is no rule to initialise {key!r}", code="backbone-unsupported")
+                nn.init.trunc_normal_(value, std=0.02, a=-2.0, b=2.0, generator=generator)
+
+
+@contextmanager
+def capture(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect, of every forward pass within, the stages (B, D, x, y, z) of the encoder, from the first to the last.
+
+    UNETR: the blocks whose tokens its decoder reads, and the final norm. Swin UNETR: the four stages after the patch
+    embedding, each normalised. U-Net: the four levels below full resolution. Also under ``torch.func.functional_call``.
+
+    Raises:
+        BackboneError: the network is none of these.
+    """
+    stages: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found = [output] if isinstance(output, Tensor) else list(output)
+        stages.extend(found[1:] if hasattr(net, "swinViT") else found)
+
+    hooks = [module.register_forward_hook(keep) for module in _encoder(net)]
+    try:
+        yield stages
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def output_name(net: nn.Module) -> str:
+    """Return the name of the last convolution, a 1 x 1 x 1 one.
+
+    Raises:
+        BackboneError: the network is none of this module's.
+    """
+    for name in ("out.conv.conv", "final_conv"):
+        if f"{name}.weight" in net.state_dict():
+            return name
+    raise _foreign(net)
+
+
+def _encoder(net: nn.Module) -> list[nn.Module]:
+    if isinstance(net, Unet):
+        return [net.down_1, net.down_2, net.down_3, net.down_4]
+    for name in ("vit", "swinViT"):
+        if isinstance(encoder := getattr(net, name, None), nn.Module):
+            return [encoder]
+    raise _foreign(net)
+
+
+def _foreign(net: nn.Module) -> BackboneError:
+    return BackboneError(
+        f"this network ({type(net).__name__}) has no known encoder or output", code="backbone-unsupported"
+    )
+
+
+def _check(name: str, size: Size, *, width: int, hidden: int, heads: int, patch: int) -> None:
+    if name == "unetr" and (patch not in (4, 8, 16) or hidden % heads):
+        raise ConfigError(f"UNETR needs patches of 4, 8 or 16 voxels and a width that {heads} heads divide")
+    if name == "swinunetr" and (width % 12 or width % heads):
+        raise ConfigError(f"the width of Swin UNETR must be a multiple of 12 and of {heads} heads", where="width")
+    step = {"unet": 16, "unetr": patch, "swinunetr": 32}[name]
+    # Norms need two voxels at the lowest level; the levels of UNETR's decoder have eight.
+    lowest = math.prod(side // step for side in size)
+    if any(side < 1 or side % step for side in size) or (lowest < 2 and name != "unetr"):
+        raise BackboneError(
+            f"{name} does not take volumes of {' x '.join(map(str, size))} voxels",
+            where="size",
+            fix=f"give multiples of {step}" + ("" if name == "unetr" else f", one of them {2 * step} or more"),
+            code="backbone-image-size",
+        )
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules are made without their initial draws, which would move the global generator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in (Tensor.uniform_, Tensor.normal_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+def _swin(channels: int, classes: int, width: int, heads: int, depth: int, window: int) -> nn.Module:
+    try:
+        from monai.networks.nets.swin_unetr import SwinUNETR
+    except ImportError as error:
+        raise MissingExtraError("monai", "volumes", needed_for="Swin UNETR") from error
+    net: nn.Module = SwinUNETR(
+        in_channels=channels,
+        out_channels=classes,
+        feature_size=width,
+        depths=(depth,) * 4,
+        num_heads=tuple(heads * 2**stage for stage in range(4)),
+        window_size=window,
+    )
+    return net

@@ -1,0 +1,141 @@
+"""Masks of images: found, decoded without a change of any value, laid over the image's own cut, and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from confrere.data.cache import Fact, workers
+from confrere.data.decode import BadImageError, read_picture, values
+from confrere.data.mapped import Mapped, is_sealed, one_maker, seal
+from confrere.data.register import Registration, SiteFiles
+from confrere.data.sources import Problem, Row
+from confrere.data.view import View
+from confrere.errors import DataError
+
+DEFAULT_CLASSES = ("background", "foreground")
+NONE = "the image has no mask"
+OTHER_SIZE = "the mask has another size than its image"
+VALUES = "the mask holds a value that is no class"
+_PART = 256
+_BAD = 255  # fills the row of a mask that cannot be used
+_VERSION = 1
+
+
+def with_masks(
+    registration: Registration, classes: Sequence[str], size: tuple[int, int], cache: Path, *, max_pixels: int
+) -> Registration:
+    """Return the registration with the masks of all images, and without the images that have none that will do.
+
+    Args:
+        registration: of images.
+        classes: K names, the background first; a mask holds 0..K-1, or 0 and 255 where K is 2.
+        size: (height, width) in pixels, that of the decoded images.
+        cache: folder of decoded arrays.
+        max_pixels: a mask with more is not decoded.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    problems, sites = list(registration.problems), []
+    for site in registration.sites:
+        pairs = list(zip(site.rows, site.entry.facts, strict=True))
+        with ThreadPoolExecutor(workers()) as pool:
+            files = list(pool.map(lambda pair: _read(pair[0], max_pixels), pairs))
+        read = [content if isinstance(content, bytes) else b"" for content in files]
+        digests = [hashlib.sha256(content).hexdigest() for content in read]
+        kept, good = _kept(site, read, digests, len(classes), size, cache)
+        for row, fact, content, use in zip(site.rows, site.entry.facts, files, good, strict=True):
+            if not use:
+                why = content if isinstance(content, str) else _decoded(content, fact, size, len(classes))
+                problems.append(Problem(site=site.name, name=row.name, reason=str(why)))
+        rows = np.flatnonzero(good)
+        images, facts = site.entry.images, tuple(site.entry.facts[i] for i in rows)
+        chosen = images[rows] if isinstance(images, np.ndarray) else View(images, rows)
+        entry = replace(site.entry, images=chosen, facts=facts)
+        sites.append(
+            replace(
+                site,
+                rows=tuple(site.rows[i] for i in rows),
+                entry=entry,
+                targets=View(kept, rows),
+                target_digests=tuple(digests[i] for i in rows),
+            )
+        )
+    ordered = tuple(sorted(problems, key=lambda p: (p.site, p.name, p.reason)))
+    return replace(registration, sites=tuple(sites), problems=ordered)
+
+
+def _read(row: Row, max_pixels: int) -> bytes | str:
+    if row.mask is None:
+        return NONE
+    try:
+        return read_picture(row.mask, max_pixels=max_pixels)
+    except BadImageError as error:
+        return f"mask: {error}" if row.mask.exists() else NONE
+
+
+def _decoded(content: bytes, fact: Fact, size: tuple[int, int], classes: int) -> NDArray[np.uint8] | str:
+    """Return a mask (H, W) cut as its image is, or why there is none."""
+    try:
+        found = values(content)
+    except BadImageError as error:
+        return f"mask: {error}"
+    if found.shape != (fact.height, fact.width):
+        return OTHER_SIZE
+    if classes == 2 and found.max() == 255 and np.isin(found, (0, 255)).all():
+        found = found // 255
+    if found.max() >= classes or found.min() < 0:
+        return VALUES
+    upright = Image.fromarray(found.astype(np.uint8))
+    fitted = ImageOps.fit(upright, (size[1], size[0]), method=Image.Resampling.NEAREST)
+    return np.asarray(fitted, dtype=np.uint8)
+
+
+def _kept(
+    site: SiteFiles, read: Sequence[bytes], digests: Sequence[str], classes: int, size: tuple[int, int], cache: Path
+) -> tuple[Mapped, NDArray[np.bool_]]:
+    """Return the site's masks (N, H, W), made once, and which of them can be used."""
+    facts = site.entry.facts
+    text = "|".join([f"{_VERSION}", f"{size}", f"{classes}", *digests, *(fact.digest for fact in facts)])
+    path = cache / f"masks-{hashlib.sha256(text.encode()).hexdigest()}.npy"
+    try:
+        with one_maker(cache):
+            if not (path.exists() and is_sealed(path)):
+                _write(path, facts, read, classes, size)
+        masks = Mapped(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the cache of masks: {error.strerror}",
+            where=str(cache),
+            fix="free space there, or choose another cache folder",
+            code="cache",
+        ) from error
+    corners = [masks[i : i + _PART][:, 0, 0] for i in range(0, len(masks), _PART)]
+    return masks, np.concatenate([*corners, np.zeros(0, np.uint8)]) != _BAD
+
+
+def _write(path: Path, facts: Sequence[Fact], read: Sequence[bytes], classes: int, size: tuple[int, int]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".npy")
+    os.close(handle)
+    try:
+        out = np.lib.format.open_memmap(name, mode="w+", dtype=np.uint8, shape=(len(facts), *size))
+        with ThreadPoolExecutor(workers()) as pool:
+            made = pool.map(lambda pair: _decoded(pair[0], pair[1], size, classes), zip(read, facts, strict=True))
+            for row, mask in enumerate(made):
+                out[row] = _BAD if isinstance(mask, str) else mask
+        out.flush()
+        seal(Path(name))
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

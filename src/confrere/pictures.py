@@ -1,0 +1,46 @@
+"""Pictures that predictions are shown in: PNG files, masks in the place of their images, outlines."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+ORANGE = (230, 85, 13)
+LEGIBLE = 336  # pixels: small pictures are drawn larger
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return a PNG of pixels (H, W, 3), enlarged to be legible, or of a mask (H, W), pixel by pixel."""
+    picture = Image.fromarray(pixels)
+    scale = max(1, LEGIBLE // pixels.shape[0]) if pixels.ndim == 3 else 1
+    buffer = io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def placed(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a mask (h, w) of the centre of an image at the image's ``size``: undoes how images are cut to a model's.
+
+    Outside of what was cut out there is background.
+    """
+    height, width = size
+    scale = min(height / mask.shape[0], width / mask.shape[1])
+    inner = (min(height, round(mask.shape[0] * scale)), min(width, round(mask.shape[1] * scale)))
+    large = Image.fromarray(mask).resize((inner[1], inner[0]), Image.Resampling.NEAREST)
+    out = np.zeros(size, np.uint8)
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    out[top : top + inner[0], left : left + inner[1]] = np.asarray(large)
+    return out
+
+
+def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) beside itself with the outline of a mask (H, W) on it."""
+    marked = image.copy()
+    edge = np.zeros(mask.shape, bool)
+    for axis in (0, 1):
+        differs = np.diff(mask, axis=axis) != 0
+        edge |= np.pad(differs, [(0, 1), (0, 0)] if axis == 0 else [(0, 0), (0, 1)])
+    marked[edge] = ORANGE
+    return np.concatenate([image, marked], axis=1)

@@ -1,0 +1,1 @@
+"""Training before training: tasks that need no labels, on the same network and the same volumes."""
