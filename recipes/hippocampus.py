@@ -109,7 +109,7 @@ def loss(scores: Tensor, labels: Tensor) -> Tensor:
     truth = nn.functional.one_hot(labels, scores.shape[1]).movedim(-1, 1)[:, 1:].to(scores.dtype)
     found = scores.softmax(1)[:, 1:]
     both, total = (found * truth).sum((2, 3, 4)), (found + truth).sum((2, 3, 4))
-    return (1 - (2 * both) / (total + 1)).mean() + nn.functional.cross_entropy(scores, labels)
+    return (1 - (2 * both + 1) / (total + 1)).mean() + nn.functional.cross_entropy(scores, labels)
 
 
 def draw(data: Data, settings: Settings, generator: torch.Generator, foreground: float) -> Data:
@@ -271,7 +271,7 @@ def main() -> None:
     for seed in map(int, args.seeds.split(",")):
         for arm in args.arms.split(","):
             file = args.out / f"{arm}-{seed}.json"
-            if True:
+            if not file.exists():
                 known, unseen = (read(args.out / "volumes", part) for part in split(names, seed, settings))
                 write_json(file, run(arm, seed, known, unseen, settings))
             one = read_json(file)

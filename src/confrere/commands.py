@@ -1,4 +1,4 @@
-"""``confrere onboard``, ``ranks``, ``verify``, ``doctor`` and ``epsilon``: thin, and without heavy imports until they run."""
+"""``confrere onboard``, ``ranks``, ``verify``, ``doctor``, ``epsilon``: thin, heavy imports wait until they run."""
 
 from __future__ import annotations
 

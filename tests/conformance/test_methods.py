@@ -20,7 +20,7 @@ from confrere.federation.loop import federate
 from confrere.federation.site import Site
 from confrere.federation.transport import Failure, InProcess
 from confrere.learner import predict
-from confrere.method import METHODS, Method, Reply, Request, make
+from confrere.method import METHODS, Method, Reply, Request
 from confrere.record.files import read_state, write_state
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore

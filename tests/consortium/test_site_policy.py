@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from method_variants import PRIVATE
 
 from confrere.backbones import REGISTRY
 from confrere.config import Experiment, validate
@@ -55,7 +56,8 @@ def test_by_default_adapter_weights_leave_and_nothing_else(name: str) -> None:
         expected = "policy-method" if method.pools else "policy-group"
         assert refusal(Policy(), experiment(name, controls=())) == expected
     else:
-        check(Policy(), experiment(name, controls=()), examples=100)
+        needed = PRIVATE if method().release() else {}
+        check(Policy(), experiment(name, controls=(), **needed), examples=100)
 
 
 def test_every_rule_refuses_with_its_own_code() -> None:

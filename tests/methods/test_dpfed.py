@@ -161,7 +161,7 @@ def test_where_it_binds_the_second_clip_is_a_fixed_server_learning_rate():
         {"clip": 0.0},
         {"clip": float("inf")},
         {"sigma": -1.0},
-        {"cohort": 0.0},
+        {"cohort": -1.0},
         {"post": -1.0},
         {"server_lr": 0.0},
         {"noise_seed": -1},

@@ -35,6 +35,7 @@ from confrere.method import Method, Reply, Request, make
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore
 from confrere.seeds import torch_generator
+from confrere.tasks import CLASSIFICATION
 from confrere.tokenset import TokenSet
 
 
@@ -309,7 +310,7 @@ def network(blocks: int, width: int, adapted: int = 0) -> Backbone:
         model = ViTModel(config, add_pooling_layer=False)
     spec = LoraSpec(slots=(*method.slots, *method.fixed), blocks=adapted or blocks, gated=True, shifted=True)
     loaded = Loaded(anatomy.of_transformers(model, (32, 32)), REGISTRY["test-vit"], f"{blocks}x{width}")
-    return _build(loaded, spec, None, (32, 32), "cpu", "fp32")
+    return _build(loaded, spec, None, (32, 32), "cpu", "fp32", CLASSIFICATION)
 
 
 NETWORKS = {"a": (6, 16), "b": (8, 24), "c": (12, 32), "d": (6, 16)}

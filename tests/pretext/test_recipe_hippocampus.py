@@ -16,7 +16,7 @@ from confrere.errors import ConfigError, DataError
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tasks.segmentation import Segmentation
 
-SHORT = ["train=2", "test=1", "pretext=1", "few=1", "more=2"]
+SHORT = ["train=2", "test=1", "pretext=1", "few=1", "more=1"]
 
 
 @pytest.fixture
@@ -59,14 +59,8 @@ def test_the_loss_is_that_of_images(recipe: Any) -> None:
 def test_arms_are_trained_once_and_fill_the_page(recipe: Any, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     call(recipe, monkeypatch, data)
     page = (data / "page.md").read_text()
-    for row in (
-        "| random start | 1 |",
-        "| random start | 2 |",
-        "| random start | 3 |",
-        "| LWI | 1 + 1 |",
-        "| LWI | 1 + 2 |",
-    ):
-        assert row in page
+    for row in ("\n| random start | 1 |", "\n| random start | 2 |", "\n| LWI | 1 + 1 |"):
+        assert page.count(row) == 2  # few and more are alike here
     assert page.count("\n| LWI | anywhere |") == page.count("\n| LWI | middle |") == 1
     monkeypatch.setattr(recipe, "run", None)  # all is there: nothing is trained again
     call(recipe, monkeypatch, data)

@@ -173,3 +173,11 @@ def test_without_dp_accounting_the_extra_is_named(monkeypatch):
     _epsilon.cache_clear()
     with pytest.raises(MissingExtraError, match="dp-accounting"):
         epsilon(2.0, rounds=3, delta=0.1, accountant="rdp")
+
+
+def test_hopeless_noise_is_told_at_once_and_bounds_what_sampling_could_save() -> None:
+    """The distribution of so large a loss would fill the memory."""
+    few = epsilon(1e-6, rounds=3, delta=1e-3, sampling="poisson", rate=0.5)
+    assert few == epsilon(1e-6, rounds=3, delta=1e-3, sampling="all")
+    near = epsilon(0.3, rounds=1, delta=1e-3, sampling="poisson", rate=0.5)
+    assert near <= epsilon(0.3, rounds=1, delta=1e-3, sampling="all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from method_variants import PRIVATE
 
 from confrere.config import override, validate
 from confrere.errors import ConfigError
@@ -34,7 +35,8 @@ def test_a_masked_experiment_has_a_secure_defence_and_its_controls_have_none() -
 def test_every_method_that_sends_a_sum_may_be_masked_and_no_other() -> None:
     for name, cls in METHODS.items():
         if cls().needs == "sum":
-            assert validate({**ON, "method": {"name": name}}).secure.aggregation
+            more = PRIVATE if name == "dpfed" else {}
+            assert validate({**ON, **more, "method": {"name": name}}).secure.aggregation
         else:
             with pytest.raises(ConfigError, match="has to see each site's update") as caught:
                 validate({**ON, "method": {"name": name}})

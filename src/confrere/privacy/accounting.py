@@ -102,6 +102,10 @@ def _check(rounds: int, delta: float, sampling: str, rate: float, units: int, ne
         raise ConfigError(what, where="privacy", fix=fix, code="accounting")
 
 
+LEAST_SIGMA = 0.25
+"""With less noise, sampling is not credited: the privacy loss spans so many steps that its distribution fills memory."""
+
+
 @lru_cache(maxsize=256)  # seconds each
 def _epsilon(
     sigma: float,
@@ -120,6 +124,8 @@ def _epsilon(
     relation = dp.NeighboringRelation.REPLACE_ONE if sampling == "fixed" else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
     if sampling == "all" and accountant == "pld":
         return _gaussian(sigma / math.sqrt(rounds), delta)  # rounds of Gaussian noise are one of less noise
+    if sampling == "poisson" and accountant == "pld" and sigma < LEAST_SIGMA:  # epsilon is hopeless, its table endless
+        return _epsilon(sigma, rounds, delta, "all", 1.0, units, drawn, neighbours, accountant)
     if sampling == "all":
         event, count = dp.GaussianDpEvent(sigma / math.sqrt(rounds)), 1
     elif sampling == "fixed":

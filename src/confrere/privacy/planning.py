@@ -26,7 +26,10 @@ def plan(
     Args:
         sigma: noise in units of the clip, >= 0.
         fraction: chance of a hospital to be drawn in a round, in (0, 1].
-        rounds: >= 1. delta: in (0, 1/sites). sites: hospitals, >= 1. parameters: numbers that are sent, >= 0.
+        rounds: >= 1.
+        delta: in (0, 1/sites).
+        sites: hospitals, >= 1.
+        parameters: numbers that a hospital sends a round, >= 0.
         target: epsilon whose sigma is wanted, 0 for none.
 
     Raises:

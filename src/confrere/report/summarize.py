@@ -73,6 +73,7 @@ def summarize(run: Path) -> Json:
         "sheet": arrange(as_dict(federation.get("sheet")), strata, "class" if strata == classes else "stratum"),
         "experiment": _without_path(read_text(run, "experiment.toml")),
         "machine": as_dict(results.get("machine")),
+        "privacy": as_dict(results.get("privacy")),
     }
     summary["omitted"] = _omitted(summary)
     return summary
