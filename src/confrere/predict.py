@@ -243,7 +243,7 @@ def predict_folder(
                 seen = png(outlined(images[i], mask)) if dense else predictor.overlay(images[i])
                 write_bytes(out.with_name(out.stem + "_overlays") / f"{i:04d}.png", seen)
             rows.append(chances)
-    write_bytes(out, _csv(names, rows, predictor.columns, named=predictor.backbone.task.target != "time"))
+    write_bytes(out, _csv(names, rows, predictor.columns, named=predictor.backbone.task.target == "label"))
     return len(images), problems
 
 

@@ -181,7 +181,7 @@ def test_learns_from_masks_resumes_and_predicts_files(place: Path, tmp_path: Pat
     count, problems = predict_folder(tmp_path / "run", "north", images, tmp_path / "found.csv", overlays=2)
     assert (count, problems) == (24, [])
     lines = (tmp_path / "found.csv").read_text().splitlines()
-    assert lines[0] == "file,predicted,background,disc"
+    assert lines[0] == "file,background,disc"
     made = sorted((tmp_path / "found_masks").iterdir())
     assert len(made) == len(lines) - 1
     assert len(list((tmp_path / "found_overlays").iterdir())) == 2

@@ -103,7 +103,7 @@ def _check(rounds: int, delta: float, sampling: str, rate: float, units: int, ne
 
 
 LEAST_SIGMA = 0.25
-"""With less noise, sampling is not credited: the privacy loss spans so many steps that its distribution fills memory."""
+"""With less noise sampling is not credited: the privacy loss has so many steps that its distribution fills memory."""
 
 
 @lru_cache(maxsize=256)  # seconds each
