@@ -7,8 +7,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from confrere.compare import compare
+from confrere.config import Experiment
+from confrere.progress import progress
+from confrere.report import write_report
+
+
+def compared(experiment: Experiment, methods: str, seeds: Sequence[int], out: Path, jobs: int) -> dict[str, Any]:
+    """Compare the methods named with commas and nothing else, print where the report is, and return what was found."""
+    with progress(quiet=False) as notify:
+        found = compare(experiment, methods.split(","), seeds, out, jobs=jobs, controls=False, notify=notify)
+    print(write_report(out))
+    return found
 
 
 def interval(value: dict[str, Any] | None, prefix: str = "") -> str:

@@ -15,11 +15,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from confrere.compare import compare
+from comparison_page import compared
+
 from confrere.config import override, validate
 from confrere.errors import DataError
-from confrere.progress import progress
-from confrere.report import write_report
 from confrere.seeds import numpy_generator
 
 METHODS = ("fedopal", "fedit", "fedper", "ditto", "local", "pooled")
@@ -92,10 +91,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     table = prepare(args.data, args.out, args.lesions)
     experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, args.overrides))
-    with progress(quiet=False) as notify:
-        options: dict[str, Any] = {"jobs": args.jobs, "controls": False, "notify": notify}
-        compare(experiment, args.methods.split(","), SEEDS, args.out / "compare", **options)
-    print(write_report(args.out / "compare"))
+    compared(experiment, args.methods, SEEDS, args.out / "compare", args.jobs)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def tiny_data(backbone: Backbone, site: str, n: int = 24) -> TokenSet:
 
 def initial_params(backbone: Backbone, method: Method, site: str, rank: int = 4, seed: int = 0) -> Tensors:
     """Return adapters and head before training, as the job draws them."""
-    return initial.initial_params(backbone, method, site, outputs=len(CLASSES), rank=rank, seed=seed, full=max(4, rank))
+    return initial.initial_params(backbone, method, site, classes=len(CLASSES), rank=rank, seed=seed, full=max(4, rank))
 
 
 def tiny_learner(method: Method, site: str) -> Learner:

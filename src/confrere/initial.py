@@ -12,7 +12,7 @@ from confrere.seeds import torch_generator
 
 
 def initial_params(
-    backbone: Backbone, method: Method, site: str, *, outputs: int, rank: int, seed: int, full: int | None = None
+    backbone: Backbone, method: Method, site: str, *, classes: int, rank: int, seed: int, full: int | None = None
 ) -> dict[str, Tensor]:
     """Return what ``method`` trains at ``site`` before round 1 (site "" is the server).
 
@@ -27,8 +27,8 @@ def initial_params(
         shapes = {n: s for n, s in backbone.adapter_shapes({slot: drawn[slot]}).items() if lora.slot_of(n) == slot}
         params |= cut(lora.init(shapes, torch_generator(seed, *address)), ranks[slot])
     params |= {name: zeros(shape) for name, shape in backbone.extras(ranks).items()}
-    generator = torch_generator(seed, "init", "head")
-    return params | backbone.norms | backbone.task.init(outputs, backbone.feature_dim, generator)
+    task, generator = backbone.task, torch_generator(seed, "init", "head")
+    return params | backbone.norms | task.init(task.outputs(classes), backbone.feature_dim, generator)
 
 
 def slot_ranks(method: Method, rank: int) -> dict[str, int]:

@@ -287,9 +287,8 @@ def make_site(task: Prepared, name: str, run: Run) -> Site:
 
 def initial(task: Prepared, site: str) -> Tensors:
     """Return what is trained, before training; see :func:`confrere.initial.initial_params`."""
-    rank_of = task.experiment.adapter.rank_of
-    outputs = task.experiment.build_task().outputs(len(task.federation.classes))
-    options = {"outputs": outputs, "rank": rank_of(site), "full": rank_of(""), "seed": task.experiment.seed}
+    rank_of, classes = task.experiment.adapter.rank_of, len(task.federation.classes)
+    options = {"classes": classes, "rank": rank_of(site), "full": rank_of(""), "seed": task.experiment.seed}
     return initial_params(task.backbone_of(site), task.method, site, **options)
 
 

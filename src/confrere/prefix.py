@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from confrere.backbones import Backbone
 from confrere.data.cache import DECODER
 from confrere.data.federation import SiteImages
-from confrere.data.mapped import Mapped, is_sealed, one_maker, seal
+from confrere.data.mapped import Mapped, one_maker, open_sealed, sealed
 from confrere.errors import ConfigError, DataError
 from confrere.seeds import derive
 from confrere.tokenset import Array, TokenSet, as_numpy, oriented
@@ -120,12 +119,12 @@ def _cached(
     turned = (f"view {view}",) if view else ()
     key = derive(0, "prefix", backbone.prefix_digest, DECODER, *turned, *(site.digests[row] for row in rows))
     path = cache / f"tokens-{key:016x}.npy"
-    kept = _kept(path, len(rows))
+    kept = open_sealed(path, len(rows))
     if kept is not None:
         return kept
     try:
         with one_maker(cache):
-            kept = _kept(path, len(rows))  # another process may have made it meanwhile
+            kept = open_sealed(path, len(rows))  # another process may have made it meanwhile
             if kept is None:
                 _compute(backbone, site, rows, view, path, progress)
         return Mapped(path) if kept is None else kept
@@ -138,17 +137,6 @@ def _cached(
         ) from error
 
 
-def _kept(path: Path, rows: int) -> Mapped | None:
-    """Return a whole array of the cache, None when it is absent, cut short or changed (it is then written anew)."""
-    try:
-        if not is_sealed(path):
-            return None
-        kept = Mapped(path)
-    except (OSError, ValueError, EOFError):
-        return None
-    return kept if len(kept) == rows else None
-
-
 def _compute(
     backbone: Backbone,
     site: SiteImages,
@@ -157,11 +145,8 @@ def _compute(
     path: Path,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    total = len(rows)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".npy")
-    os.close(descriptor)
-    try:
-        out = None
+    total, out = len(rows), None
+    with sealed(path) as name:
         for start in range(0, total, BATCH):
             images = oriented(site.images[rows[start : start + BATCH]], view)
             part = as_numpy(backbone.prefix(images))
@@ -172,8 +157,3 @@ def _compute(
                 progress(site.name, min(start + BATCH, total), total)
         if out is not None:
             out.flush()
-        seal(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

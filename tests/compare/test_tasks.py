@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from comparisons import TINY
+from mask_files import make_masks
 
 from confrere.compare import compare
 from confrere.compare.data import own_choices
@@ -26,7 +26,6 @@ from confrere.tasks.segmentation import Segmentation
 
 MASKS = Segmentation().describe()
 KEYS = list(MASKS["measures"])
-HERE = Path(__file__).parent
 
 
 def of_masks(path: Path) -> Experiment:
@@ -37,7 +36,6 @@ def of_masks(path: Path) -> Experiment:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    make_masks = runpy.run_path(str(HERE.parent / "tasks" / "mask_files.py"))["make_masks"]
     place = make_masks(tmp_path_factory.mktemp("masks") / "hospitals", images=28)
     out: Path = tmp_path_factory.mktemp("compared")
     compare(of_masks(place), ["fedit"], [0], out)

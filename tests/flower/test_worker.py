@@ -47,7 +47,7 @@ def request_of(worker: Worker, kits: Path, round_: int = 1, *overrides: str) -> 
     assert "failure" not in worker.answer(job(kits, *overrides), {})[0]
     assert worker._open is not None
     task = worker._open.task
-    params = initial_params(task.backbone, task.method, "", outputs=2, rank=4, seed=0)
+    params = initial_params(task.backbone, task.method, "", classes=2, rank=4, seed=0)
     state = task.method.broadcast(task.method.init_server(params), "north")
     header, arrays = states.ask(Request(kind="train", run="r", round=round_, state=state))
     return {**job(kits, *overrides), **header}, arrays

@@ -313,7 +313,7 @@ def test_at_learning_rate_zero_unequal_ranks_change_nothing(
     method = make(name, options)
     backbone, sites, count = backbone_of(method), tiny_sites(method, lr=0.0, weight_decay=0.0), len(method.slots)
     for site, rank in (("a", 2), ("b", 2), ("c", 8)):
-        draw = partial(initial.initial_params, backbone, method, site, outputs=3, seed=0, full=8 * count)
+        draw = partial(initial.initial_params, backbone, method, site, classes=3, seed=0, full=8 * count)
         sites[site].initial = partial(draw, rank=rank * count)
     generator = torch.Generator().manual_seed(1)
     start = {

@@ -391,7 +391,7 @@ class Digits:
         spec = lora.LoraSpec(slots=("general",), blocks=3, targets="fc[12]", dropout=0.0)
         self.backbone: Backbone = load("mlp", lora=spec, image_size=(1, 64))
         self.order = numpy_generator(seed, "digits").permutation(len(self.y))
-        self.start = draw(self.backbone, make("data-vectors"), "", outputs=10, rank=16, seed=seed)
+        self.start = draw(self.backbone, make("data-vectors"), "", classes=10, rank=16, seed=seed)
         self.test = self.data(self.order[400:1400])
 
     def data(self, rows: np.ndarray) -> TokenSet:

@@ -204,7 +204,7 @@ def test_three_ranks_in_one_federation(tmp_path: Path) -> None:
 
 
 def drawn(method: Method, site: str) -> Tensors:
-    return initial.initial_params(backbone_of(method), method, site, outputs=3, rank=RANKS[site], seed=0, full=8)
+    return initial.initial_params(backbone_of(method), method, site, classes=3, rank=RANKS[site], seed=0, full=8)
 
 
 # FedRep

@@ -17,7 +17,7 @@ from confrere.data.dicom_checks import in_short
 from confrere.data.images import Federation, SiteImages
 from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name
-from confrere.data.register import DUPLICATE, Registration, SiteFiles, hash_rows, register
+from confrere.data.register import DUPLICATE, Registration, hash_rows, register, with_times
 from confrere.data.sources import Listing, read_listing
 from confrere.data.table import EVENTS
 from confrere.errors import DataError
@@ -67,7 +67,7 @@ def examine(
         hashes, problems = partition.deal(hashes, problems, how, seed=seed)
     found = table.register(hashes) if table else register(hashes, problems, options, size, cache)
     if options.target == "time":
-        return listing, replace(found, sites=tuple(map(_with_times, found.sites)))
+        return listing, replace(found, sites=tuple(map(with_times, found.sites)))
     if options.target == "mask":
         names = options.classes or listing.classes or masks.DEFAULT_CLASSES
         found = masks.with_masks(found, names, size, cache, max_pixels=options.max_pixels)
@@ -128,13 +128,6 @@ def _mapped(listing: Listing, options: DataOptions) -> Listing:
         )
     rows = tuple(replace(row, label=names[row.label]) if row.label in names else row for row in listing.rows)
     return replace(listing, rows=rows)
-
-
-def _with_times(site: SiteFiles) -> SiteFiles:
-    """Return a site with the time and event of every row as its targets."""
-    times = np.array([row.time for row in site.rows], dtype=np.float32).reshape(-1, 2)
-    told = tuple(hashlib.sha256(repr(row.time).encode()).hexdigest() for row in site.rows)
-    return replace(site, targets=times, target_digests=told)
 
 
 def _refuse_unusable(registration: Registration, options: DataOptions) -> None:

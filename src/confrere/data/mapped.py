@@ -8,6 +8,7 @@ can write a seal, too, as he could a longer hash.
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,24 @@ def seal(path: Path) -> None:
         file.write(crc.to_bytes(_SEAL, "little"))
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def sealed(path: Path) -> Iterator[str]:
+    """Yield the name of a file to write beside ``path``; it is sealed and takes that place when all went well.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield name
+        seal(Path(name))
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def is_sealed(path: Path) -> bool:
@@ -98,6 +117,17 @@ class Mapped:
             ) from error
         found: NDArray[Any] = kept[rows]
         return found
+
+
+def open_sealed(path: Path, rows: int) -> Mapped | None:
+    """Return a whole array of the cache, None when it is absent, cut short or changed (it is then written anew)."""
+    try:
+        if not is_sealed(path):
+            return None
+        kept = Mapped(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    return kept if len(kept) == rows else None
 
 
 def _open(path: Path) -> NDArray[Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +14,7 @@ from PIL import Image, ImageOps
 
 from confrere.data.cache import Fact, workers
 from confrere.data.decode import BadImageError, read_picture, values
-from confrere.data.mapped import Mapped, is_sealed, one_maker, seal
+from confrere.data.mapped import Mapped, one_maker, open_sealed, sealed
 from confrere.data.register import Registration, SiteFiles
 from confrere.data.sources import Problem, Row
 from confrere.data.view import View
@@ -110,9 +108,10 @@ def _kept(
     path = cache / f"masks-{hashlib.sha256(text.encode()).hexdigest()}.npy"
     try:
         with one_maker(cache):
-            if not (path.exists() and is_sealed(path)):
+            masks = open_sealed(path, len(facts))
+            if masks is None:
                 _write(path, facts, read, classes, size)
-        masks = Mapped(path)
+                masks = Mapped(path)
     except OSError as error:
         raise DataError(
             f"cannot write the cache of masks: {error.strerror}",
@@ -125,17 +124,9 @@ def _kept(
 
 
 def _write(path: Path, facts: Sequence[Fact], read: Sequence[bytes], classes: int, size: tuple[int, int]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".npy")
-    os.close(handle)
-    try:
+    with sealed(path) as name, ThreadPoolExecutor(workers()) as pool:
         out = np.lib.format.open_memmap(name, mode="w+", dtype=np.uint8, shape=(len(facts), *size))
-        with ThreadPoolExecutor(workers()) as pool:
-            made = pool.map(lambda pair: _decoded(pair[0], pair[1], size, classes), zip(read, facts, strict=True))
-            for row, mask in enumerate(made):
-                out[row] = _BAD if isinstance(mask, str) else mask
+        made = pool.map(lambda pair: _decoded(pair[0], pair[1], size, classes), zip(read, facts, strict=True))
+        for row, mask in enumerate(made):
+            out[row] = _BAD if isinstance(mask, str) else mask
         out.flush()
-        seal(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

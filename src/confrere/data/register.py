@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +106,13 @@ def register(
         shared_pictures=_shared({site.name: {f.digest for f in site.entry.facts} for site in sites}),
         shared_patients=_shared({site.name: {r.patient for r in site.rows if r.patient} for site in sites}),
     )
+
+
+def with_times(site: SiteFiles) -> SiteFiles:
+    """Return a site with the time and event of every row as its targets."""
+    times = np.array([row.time for row in site.rows], dtype=np.float32).reshape(-1, 2)
+    told = tuple(hashlib.sha256(repr(row.time).encode()).hexdigest() for row in site.rows)
+    return replace(site, targets=times, target_digests=told)
 
 
 def _once_a_site(kept: Mapping[Row, str], problems: list[Problem]) -> dict[str, dict[str, Row]]:

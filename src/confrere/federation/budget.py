@@ -16,7 +16,7 @@ from confrere.choices import FederationChoice, PrivacyChoice
 from confrere.errors import ConfigError, RunError
 from confrere.federation.sampling import cohort_size
 from confrere.method import Method
-from confrere.privacy import epsilon, statement
+from confrere.privacy import check_delta, epsilon, finite, statement
 from confrere.record import journal
 from confrere.record.run import Run
 
@@ -109,9 +109,9 @@ class Budget:
             "expected_sites": self.expected,
             "debits": len(debits),
             "delta": self.delta,
-            "epsilon": _finite(total),
+            "epsilon": finite(total),
             "limit": self.limit or None,
-            "conditional_epsilon": None if conditional is None else _finite(conditional),
+            "conditional_epsilon": None if conditional is None else finite(conditional),
             "condition": CONDITION,
             "simulation": seeded,
             "statement": said,
@@ -129,9 +129,7 @@ def budget_of(method: Method, federation: FederationChoice, privacy: PrivacyChoi
     released = method.release()
     if not released:
         return None
-    if privacy.delta * sites >= 1:
-        what, fix = f"delta {privacy.delta:g} is one over {sites} hospitals or more", "use a much smaller one"
-        raise ConfigError(f"{what}: that protects nobody", where="privacy.delta", fix=fix, code="privacy")
+    check_delta(privacy.delta, sites)
     budget = Budget(
         delta=privacy.delta,
         limit=privacy.epsilon,
@@ -149,7 +147,3 @@ def budget_of(method: Method, federation: FederationChoice, privacy: PrivacyChoi
 def debits_of(run: Run) -> list[dict[str, Any]]:
     """Return every debit of a run, also those of rounds that were done again."""
     return [event for event in journal.read(run.events_file)[0] if event["event"] == "debit"]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -98,7 +98,7 @@ def _general(run: Path, experiment: Experiment, predictor: Predictor) -> dict[st
         predictor.backbone,
         method,
         "",
-        outputs=len(predictor.classes),
+        classes=len(predictor.classes),
         rank=adapter.rank_of(""),
         seed=experiment.seed,
     )

@@ -2,7 +2,9 @@
 
 from confrere.privacy.accounting import (
     calibrate_sigma,
+    check_delta,
     epsilon,
+    finite,
     noise_ratio,
     noise_verdict,
     refuse_hopeless,
@@ -12,7 +14,9 @@ from confrere.privacy.accounting import (
 
 __all__ = [
     "calibrate_sigma",
+    "check_delta",
     "epsilon",
+    "finite",
     "noise_ratio",
     "noise_verdict",
     "refuse_hopeless",

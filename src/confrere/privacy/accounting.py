@@ -73,6 +73,18 @@ def epsilon(
     return _epsilon(float(sigma), rounds, float(delta), sampling, float(rate), units, drawn, neighbours, accountant)
 
 
+def check_delta(delta: float, sites: int) -> None:
+    """Raise ConfigError where a guarantee for whole hospitals may fail for one of so many."""
+    if sites < 1 or delta * sites >= 1:
+        what = f"delta {delta:g} is one over {sites} hospitals or more: that protects nobody"
+        raise ConfigError(what, where="privacy.delta", fix="use a much smaller one", code="privacy")
+
+
+def finite(value: float) -> float | None:
+    """Return an epsilon for JSON, which knows no infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _check(rounds: int, delta: float, sampling: str, rate: float, units: int, neighbours: str, accountant: str) -> None:
     chosen = {"sampling": sampling, "neighbours": neighbours, "accountant": accountant}
     valid = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from confrere.errors import ConfigError
 from confrere.privacy.accounting import (
     calibrate_sigma,
+    check_delta,
     epsilon,
+    finite,
     noise_ratio,
     noise_verdict,
     refuse_hopeless,
@@ -36,9 +37,7 @@ def plan(
         ConfigError: a value out of range.
         MissingExtraError: dp-accounting is not installed.
     """
-    if sites < 1 or delta * sites >= 1:
-        what = f"delta {delta:g} is one over {sites} hospitals or more: that protects nobody"
-        raise ConfigError(what, where="privacy.delta", fix="use a much smaller one", code="privacy")
+    check_delta(delta, sites)
     always: dict[str, Any] = {"rounds": rounds, "delta": delta, "sampling": "all"}
     drawn: dict[str, Any] = {"rounds": rounds, "delta": delta, "sampling": "poisson", "rate": fraction}
     plain, cohort = epsilon(sigma, **always), fraction * sites
@@ -52,8 +51,8 @@ def plan(
         "delta": delta,
         "sites": sites,
         "parameters": parameters,
-        "epsilon": _finite(plain),
-        "conditional_epsilon": _finite(amplified),
+        "epsilon": finite(plain),
+        "conditional_epsilon": finite(amplified),
         "condition": CONDITION,
         "statement": statement(plain, **always),
         "conditional_statement": statement(amplified, **drawn),
@@ -87,7 +86,3 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"For epsilon {found['target']:g}: sigma {needed:.2f} without amplification, {least:.2f} on that condition"
         )
     return said
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

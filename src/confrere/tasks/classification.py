@@ -8,18 +8,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from confrere.adapters import head
 from confrere.metrics.calibration import ece, fit_temperature, reliability
 from confrere.metrics.classification import confidence, evaluate, score
 from confrere.objectives import objective
-from confrere.tasks.task import Answers, Objective, Task
-from confrere.tensors import Tensors
+from confrere.tasks.task import Answers, Objective, Pooled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
+class Classification(Pooled):
     """Single-label classification."""
 
     name = "classification"
@@ -33,15 +31,6 @@ class Classification(Task):
         "ece": "Expected calibration error",
     }
     weighted = True
-
-    def init(self, outputs: int, features: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a linear head of zeros: every class is equally probable before training."""
-        return head.init(outputs, features)
-
-    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return class scores (B, K): ``features @ head.weight.T + head.bias``."""
-        weight, bias = (params[name].to(features.device) for name in head.NAMES)
-        return nn.functional.linear(features, weight, bias)
 
     def objective(self, name: str, weights: Tensor | None = None) -> Objective:
         """Return the (class-weighted) cross-entropy or focal loss."""

@@ -12,19 +12,17 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from confrere.adapters import head
 from confrere.errors import ConfigError
 from confrere.metrics.survival import evaluate_survival, harrell
 from confrere.survival.curves import edge_survival, equal_edges, interpolate, restricted_mean
-from confrere.survival.losses import deephit, logistic_hazard
-from confrere.tasks.task import Answers, Objective, Task
-from confrere.tensors import Tensors
+from confrere.survival.losses import objective
+from confrere.tasks.task import Answers, Objective, Pooled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survival(Task):
+class Survival(Pooled):
     """Survival analysis in equal bins up to a horizon that all sites know before any data were seen.
 
     Args:
@@ -66,25 +64,17 @@ class Survival(Task):
         """Return K."""
         return self.bins
 
-    def init(self, outputs: int, features: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a linear head of zeros."""
-        return head.init(outputs, features)
-
-    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return logits (B, K) of features (B, F)."""
-        weight, bias = (params[name].to(features.device) for name in head.NAMES)
-        return nn.functional.linear(features, weight, bias)
-
     def objective(self, name: str, weights: Tensor | None = None) -> Objective:
         """Return the likelihood of the chosen curve, with DeepHit's ranking."""
-        edges = self.edges
-        if self.curve == "deephit":
-            return lambda logits, targets: deephit(logits, targets, edges, alpha=self.alpha, sigma=self.sigma)
-        return lambda logits, targets: logistic_hazard(logits, targets, edges)
+        return objective(self.curve, self.edges, alpha=self.alpha, sigma=self.sigma)
 
     def survival(self, outputs: Tensor) -> np.ndarray:
         """Return survival at the edges (N, K + 1), the first column 1."""
         return edge_survival(self.curve, outputs.double().numpy())
+
+    def judged(self, times: np.ndarray, events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return times up to the horizon, and which events came by then: what lies beyond does not count."""
+        return np.minimum(times, self.horizon), events & (times <= self.horizon)
 
     def chances(self, outputs: Tensor, temperature: float) -> np.ndarray:
         """Return survival at the ends of the bins (N, K); nothing is calibrated after training."""
@@ -98,7 +88,7 @@ class Survival(Task):
         """Return Harrell's concordance, 0.5 without comparable pairs, and ``exp`` of the mean log-likelihood."""
         times, events = answers.targets[:, 0].astype(np.float64), answers.targets[:, 1] > 0
         risk = -restricted_mean(self.survival(answers.outputs), self.edges)
-        inside, cut = events & (times <= self.horizon), np.minimum(times, self.horizon)
+        cut, inside = self.judged(times, events)
         found = float(harrell(cut, inside, risk, np.ones((1, len(risk))))[0])
         loss = float(self.objective("likelihood")(answers.outputs.double(), torch.from_numpy(answers.targets).double()))
         return 0.5 if np.isnan(found) else found, float(np.exp(-loss))
@@ -124,7 +114,7 @@ class Survival(Task):
             generator=generator,
             risk=risk,
         )
-        inside, cut = events & (times <= self.horizon), np.minimum(times, self.horizon)
+        cut, inside = self.judged(times, events)
         predictions = {
             "risk": torch.from_numpy(risk),
             "targets": torch.from_numpy(np.stack([cut, inside.astype(np.float64)], axis=1)),

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from confrere.adapters import head
 from confrere.data.options import Target
 from confrere.tensors import Tensors
 
@@ -111,3 +112,16 @@ class Task(ABC):
             classes: names.
             generator: source of the resamples.
         """
+
+
+class Pooled(Task):
+    """A task whose head is one linear layer on the pooled vector."""
+
+    def init(self, outputs: int, features: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return a head of zeros: before training all images are alike."""
+        return head.init(outputs, features)
+
+    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return ``features @ head.weight.T + head.bias`` (B, K) of features (B, F)."""
+        weight, bias = (params[name].to(features.device) for name in head.NAMES)
+        return nn.functional.linear(features, weight, bias)
