@@ -21,6 +21,7 @@ from confrere.method import Request, make
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore
 from confrere.seeds import numpy_generator, torch_generator
+from confrere.tasks.classification import Classification
 from confrere.tensors import Tensors
 from confrere.tokenset import TokenSet
 
@@ -32,6 +33,7 @@ class Perceptron:
     """64-64-10 with a ReLU: what a learner and a site ask of a backbone, for a network that is trained whole."""
 
     device = torch.device("cpu")
+    task = Classification()
 
     def logits(self, params: Tensors, tokens: torch.Tensor, capture: object = None) -> torch.Tensor:
         hidden = torch.relu(torch.nn.functional.linear(tokens, params["body.weight"], params["body.bias"]))
