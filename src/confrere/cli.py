@@ -14,10 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
+from confrere.anonymise.commands import add_to as add_anonymise
+from confrere.audits.commands import add_to as add_audits
 from confrere.commands import add_to
+from confrere.console import carry_out, console, report_on, say, start
 from confrere.consortium.commands import add_to as add_consortium
 from confrere.errors import ConfrereError, DataError, RunError, printable
 from confrere.flower.commands import add_to as add_flower
+from confrere.forgetting.commands import add_to as add_forgetting
 from confrere.watch.commands import add_to as add_watch
 
 app = typer.Typer(
@@ -49,13 +53,13 @@ def demo(
     if (out / "run" / "backbone.json").exists() and not overrides:
         return resume(out / "run")
     data = make_demo_data(out / "hospitals")
-    _say("", "Four hospitals, generated microscopy.")
-    _say(
+    say("", "Four hospitals, generated microscopy.")
+    say(
         "The images are synthetic (stain, illumination, resolution and "
         "class mix differ by site; patients have several images): they show the mechanics, not medicine. "
         "The backbone's weights are real and pretrained."
     )
-    return _run(data, out / "run", {**DEMO, "backbone": {**DEMO["backbone"], "name": backbone}}, overrides or [])
+    return start(data, out / "run", {**DEMO, "backbone": {**DEMO["backbone"], "name": backbone}}, overrides or [])
 
 
 @app.command()
@@ -81,7 +85,7 @@ def run(
     if method is not None:
         values["method"] = {"name": method}
     model = [f"backbone.name={json.dumps(backbone)}"] if backbone is not None else []
-    _run(path, out, values, [*model, *(overrides or [])], quiet=quiet)
+    start(path, out, values, [*model, *(overrides or [])], quiet=quiet)
 
 
 @app.command()
@@ -96,13 +100,13 @@ def resume(
     if (run / "job.json").exists():
         fix = f"confrere coordinator KIT --out {run}"
         raise RunError("this run is across hospitals", where=str(run), fix=fix, code="across-hospitals")
-    _carry_out(stored_experiment(run), run, quiet=quiet, accept_drift=accept_drift)
+    carry_out(stored_experiment(run), run, quiet=quiet, accept_drift=accept_drift)
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="directory of a run or comparison")]) -> None:
     """Write report.html, report.json and card.md of a run anew."""
-    _report(run)
+    report_on(run)
 
 
 @app.command()
@@ -119,8 +123,8 @@ def predict(
 
     count, problems = predict_folder(run, slug(site), images, out, overlays=overlay)
     for problem in problems:
-        _say(f"left out {problem}")
-    _say(f"{count} images, {len(problems)} left out: ", out)
+        say(f"left out {problem}")
+    say(f"{count} images, {len(problems)} left out: ", out)
 
 
 @app.command()
@@ -145,9 +149,9 @@ def compare(
     kept: dict[str, Any] = {"methods": methods, "seeds": seeds, "out": out, "jobs": jobs, "trials": tune}
     found = carry_out(paths, overrides, **kept, controls=controls, target=target, config=config)
     for one in found["recommendation"]["sentences"]:
-        _say(f"  {one['text']}")
-    _say("", found["recommendation"]["headline"])
-    _report(out)
+        say(f"  {one['text']}")
+    say("", found["recommendation"]["headline"])
+    report_on(out)
 
 
 @app.command()
@@ -181,7 +185,7 @@ def data_check(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        _console().print(render_check(found))
+        console().print(render_check(found))
     if not found["ok"]:
         raise typer.Exit(DataError.exit_code)
 
@@ -195,7 +199,7 @@ def data_get(
     """Fetch a public data set (needs internet)."""
     from confrere.data.download import get
 
-    _say("Data: ", get(name, out, endpoint=endpoint))
+    say("Data: ", get(name, out, endpoint=endpoint))
 
 
 def main() -> None:
@@ -236,60 +240,10 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(path: Path, out: Path, values: dict[str, Any], overrides: list[str], *, quiet: bool = False) -> None:
-    from confrere.arguments import check_places, experiment_of
-    from confrere.record.run import Run
-
-    check_places(path, out)
-    experiment = experiment_of(path, values, overrides)
-    Run(out).make_new()
-    _carry_out(experiment, out, quiet=quiet)
-
-
-def _carry_out(experiment: Any, out: Path, *, quiet: bool, accept_drift: bool = False) -> None:
-    from confrere.job import run_experiment
-    from confrere.progress import progress
-    from confrere.track import trackers
-
-    with progress(quiet=quiet) as notify, trackers(experiment.track, out) as track:
-
-        def both(event: dict[str, Any]) -> None:
-            notify(event)
-            track(event)
-
-        try:
-            found = run_experiment(experiment, out, notify=both, accept_drift=accept_drift)
-        except KeyboardInterrupt:
-            typer.echo(f"interrupted; continue with: confrere resume {out}", err=True)
-            raise SystemExit(130) from None
-    if not quiet and found:
-        for by in found["sites"].values():
-            for entry in by.values():
-                _say(f"  {entry['sentence']}")
-        _say("", found["headline"])
-    if not quiet:
-        _report(out)
-
-
-def _report(out: Path) -> None:
-    from confrere.report import write_report
-
-    _say("Report: ", write_report(out))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _say(text: str, bold: object = "") -> None:
-    from rich.text import Text  # as it is: a path may hold what rich takes for markup
-
-    _console().print(Text.assemble(text, (str(bold), "bold")), soft_wrap=True)
-
-
 add_to(app)
+add_anonymise(app)
+add_audits(app)
 add_consortium(app)
 add_flower(app)
 add_watch(app)
+add_forgetting(app)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from confrere import cli
+from confrere.console import report_on
 
 FAST = [
     "--backbone", "test-vit", "adapter.blocks=2", "rounds=2", "train.steps=2", "train.batch_size=4", "threads=1",
@@ -85,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, hospitals: Path, cache: P
         with pytest.raises(SystemExit) as done:
             cli.main()
         assert not done.value.code, os.listdir(out)
-    cli._report(out)
+    report_on(out)
     return out
 
 

@@ -19,6 +19,7 @@ from confrere import cli
 from confrere.adapters import colora
 from confrere.compare.command import carry_out
 from confrere.config import validate
+from confrere.console import report_on
 from confrere.errors import ConfigError, RunError
 from confrere.fingerprint import stored_experiment
 from confrere.onboard.candidates import open_run
@@ -58,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path, store: Path) -> Pa
         with pytest.raises(SystemExit) as done:
             cli.main()
         assert not done.value.code
-    cli._report(out)
+    report_on(out)
     return out
 
 
