@@ -1,4 +1,4 @@
-"""``confrere onboard``, ``ranks``, ``verify``, ``doctor``, ``epsilon``: thin, heavy imports wait until they run."""
+"""``confrere pretrain``, ``onboard``, ``ranks``, ``verify``, ``doctor``, ``epsilon``: imports wait until one runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from confrere.console import say, start
+
+
+def pretrain(
+    path: Annotated[Path, typer.Argument(help="folder of sites, CSV or federation.toml; labels are not read")],
+    out: Annotated[Path, typer.Option(help="run directory, new or empty")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value", show_default=False)] = None,
+    task: Annotated[str, typer.Option(help="reconstruction (MAE) or contrast (MoCo v3)")] = "reconstruction",
+    backbone: Annotated[str, typer.Option(help="vit-nano, vit-tiny, vit-small or vit-base")] = "vit-tiny",
+    method: Annotated[
+        str, typer.Option(help="fedit (FedAvg), fedavgm, fedadagrad, fedadam, fedyogi, fedprox")
+    ] = "fedit",
+    rounds: Annotated[int, typer.Option(help="federated rounds", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="of training", min=0)] = 0,
+    config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
+    quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
+) -> None:
+    """Train a vision transformer of the sites' own on images without labels; what comes out is a backbone for `run`."""
+    from confrere.arguments import named
+    from confrere.pretrain import GENERAL, pretraining
+
+    path, values = named(path, config)
+    start(path, out, pretraining(values, task, backbone, method, rounds, seed), overrides or [], quiet=quiet)
+    if not quiet:
+        say("Backbone, for backbone.name: ", out / GENERAL)
 
 
 def onboard(
@@ -108,6 +134,7 @@ def epsilon(
 
 def add_to(app: typer.Typer) -> None:
     """Give ``app`` these commands."""
+    app.command()(pretrain)
     app.command()(onboard)
     app.command()(ranks)
     app.command()(verify)

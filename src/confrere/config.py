@@ -90,8 +90,8 @@ class Experiment(Part):
         """Read of the data what the task learns, unless that is given."""
         given, data = values.get("task"), values.get("data", {})
         name = given.get("name") if isinstance(given, dict) else given
-        if name in TASKS and isinstance(data, dict):
-            return {**values, "data": {"target": TASKS[str(name)].target, **data}}
+        if isinstance(name, str) and name in TASKS and isinstance(data, dict):
+            return {**values, "data": {"target": TASKS[name].target, **data}}
         return values
 
     @model_validator(mode="after")

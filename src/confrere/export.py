@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from confrere.adapters import lora
 from confrere.adapters.algebra import merge_slots
 from confrere.adapters.folder import export
 from confrere.backbones import Backbone
+from confrere.backbones.pretraining import encoder_files
 from confrere.federation.site import Site
 from confrere.method import Method, Request
 from confrere.record.files import write_bytes, write_files, write_json
@@ -32,8 +35,14 @@ def export_adapters(
     """Write ``<site>/{general,personal,merged}/`` and ``<site>/head.{safetensors,json}`` for every examined site.
 
     ``merged`` holds all slots as one adapter of summed rank, where the method's prediction is their sum.
-    ``head.safetensors`` holds all that is no LoRA factor: the head, and norms or gates of methods that have them.
+    ``head.safetensors`` holds all that is no LoRA factor: the head, and norms or gates of methods that have them. Of a
+    network that was trained whole: ``backbone/``, once in ``general/`` where all sites share it.
     """
+    if method.has_general() and results["sites"] and all(site.backbone.anatomy.trained for site in sites.values()):
+        first = sites[min(results["sites"])]
+        params = first.params(Request(kind="evaluate", round=round_, state=method.broadcast(server, first.name)))
+        export_backbone(folder / "general" / "backbone", method, first.backbone, params)
+        return
     for name, entry in results["sites"].items():
         if "temperature" not in entry:  # never examined: held out by a method without a general model
             continue
@@ -54,7 +63,10 @@ class About:
 
 
 def export_model(folder: Path, method: Method, backbone: Backbone, params: Tensors, about: About) -> None:
-    """Write the adapters and the head of one model."""
+    """Write the adapters and the head of one model, or the backbone that was trained whole."""
+    if backbone.anatomy.trained:
+        export_backbone(folder / "backbone", method, backbone, params)
+        return
     base = base_name(backbone)
     for slot in method.all_slots:
         chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
@@ -85,6 +97,25 @@ def export_model(folder: Path, method: Method, backbone: Backbone, params: Tenso
             "method": {"name": method.name, **asdict(method)},
         },
     )
+
+
+def export_backbone(folder: Path, method: Method, backbone: Backbone, params: Tensors) -> None:
+    """Write the encoder as a folder that ``backbone.name`` and transformers' ``AutoModel`` take, with a card."""
+    files = encoder_files(backbone.anatomy, backbone.entry, params)
+    digest = sha256(files["model.safetensors"]).hexdigest()
+    title, (height, width) = backbone.task.title.lower(), backbone.image_size
+    text = f"""# {backbone.name}, pretrained
+
+Encoder of a vision transformer, pretrained on images of {height} x {width} pixels without labels ({title}) by confrere,
+method {method.name}: {json.dumps(asdict(method))}; task {json.dumps(backbone.task.choice())}.
+
+SHA-256 of the weights, for `backbone.sha256`: {digest}
+
+Use: `confrere run DATA --backbone {backbone.name}` with `backbone.name` this folder, or
+`transformers.AutoModel.from_pretrained("FOLDER")`. Licence: that of the images. What the weights tell of single
+images has not been examined: a hospital that shares them should ask.
+"""
+    write_files(folder, {**files, "README.md": text.encode()})
 
 
 def base_name(backbone: Backbone) -> str:

@@ -1,4 +1,4 @@
-"""Tensors before training: adapters, gates, shifts, norms and head, each drawn at an address."""
+"""Tensors before training: adapters, gates, shifts, the network's own and head, each drawn at an address."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def initial_params(
         params |= cut(lora.init(shapes, torch_generator(seed, *address)), ranks[slot])
     params |= {name: zeros(shape) for name, shape in backbone.extras(ranks).items()}
     task, generator = backbone.task, torch_generator(seed, "init", "head")
-    return params | backbone.norms | task.init(task.outputs(classes), backbone.feature_dim, generator)
+    own = backbone.start(torch_generator(seed, "init", "weights"))
+    return params | own | task.init(task.outputs(classes), backbone.feature_dim, generator)
 
 
 def slot_ranks(method: Method, rank: int) -> dict[str, int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from confrere.backbones import Backbone
 from confrere.data.cache import DECODER
 from confrere.data.federation import SiteImages
 from confrere.data.mapped import Mapped, one_maker, open_sealed, sealed
+from confrere.data.view import View
 from confrere.errors import ConfigError, DataError
 from confrere.seeds import derive
 from confrere.tokenset import Array, TokenSet, as_numpy, oriented
@@ -22,6 +25,22 @@ BATCH = 64
 def cache_dir() -> Path:
     """Return where decoded images and frozen activations are kept: $CONFRERE_CACHE or ~/.cache/confrere."""
     return Path(os.environ.get("CONFRERE_CACHE") or Path.home() / ".cache" / "confrere")
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Rows (N,) of images in one orientation, turned as they are read."""
+
+    images: Mapped | View | NDArray[np.float32]
+    rows: np.ndarray
+    view: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+        """Return the rows (B, H, W, 3) in that order."""
+        return oriented(self.images[self.rows[rows]], self.view)
 
 
 class Stacked:
@@ -75,11 +94,13 @@ def tokens(
             truth=site.targets,
         )
     height, width = backbone.image_size
+    every, train = np.arange(len(site.labels)), np.flatnonzero(site.split == 0)
     if views > 4 and height != width:
         raise ConfigError("images that are not square have four views", where="train.views", fix="use 1, 2 or 4")
-    every, train = np.arange(len(site.labels)), np.flatnonzero(site.split == 0)
 
     def kept(view: int) -> Array:
+        if backbone.anatomy.trained:  # nothing is frozen
+            return Turned(site.images, every if view == 0 else train, view)
         return _cached(backbone, site, every if view == 0 else train, view, cache, progress)
 
     return TokenSet(

@@ -31,7 +31,8 @@ class Anatomy:
 
     ``blocks_path`` is None for an architecture that cannot be cut: then ``whole`` maps normalised images
     (B, 3, H, W) to features (B, F) and nothing is cached before it. ``accept`` turns what is no image, e.g. rows of
-    numbers, into tensors (None: images are normalised).
+    numbers, into tensors (None: images are normalised). ``trained`` names the weights of a network that is trained
+    whole; it has no adapters.
     """
 
     root: nn.Module
@@ -48,6 +49,7 @@ class Anatomy:
     whole: Callable[[Tensor], Tensor] | None = None
     accept: Callable[[Any], Tensor] | None = None
     qv: str = r"attention\.(q_proj|v_proj)"
+    trained: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -81,6 +83,20 @@ class Anatomy:
             for path, module in norms.items()
             for name, value in module.named_parameters()
         }
+
+    def drawn(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return first values of what is ``trained``: Glorot's for matrices, small normal tokens, no biases."""
+        values, parts = {}, dict(self.root.named_parameters())
+        for name in self.trained:
+            shape = parts[name].shape
+            if name.endswith("_token"):
+                values[name] = torch.randn(shape, generator=generator) * 0.02
+            elif len(shape) > 1:  # the convolution that cuts patches is a matrix, too
+                bound = (6 / (shape[0] + shape[1:].numel())) ** 0.5
+                values[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+            else:
+                values[name] = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+        return values
 
     def drop_blocks_after(self, depth: int) -> None:
         """Remove the blocks from ``depth`` on; the paths of the others stay as they were."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from confrere.adapters import head, lora
+from confrere.adapters import lora
 from confrere.adapters.names import gate_name, shift_name
 from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.registry import HALF, Entry
@@ -53,7 +53,6 @@ class Backbone:
         task: whose head :meth:`logits` applies.
         layers: module paths of the adapted linear layers.
         scale: factor on every ``B A x``, whatever the rank.
-        norms: frozen weights and biases of the layer norms that may be replaced by name (float32).
     """
 
     def __init__(
@@ -91,8 +90,9 @@ class Backbone:
         self._first = Suffix(anatomy, cut=self.cut, pool=self.pool, layers=self.layers, dense=task.dense).eval()
         self._first.to(self.device, self.dtype)
         self._local, self._lock = threading.local(), threading.Lock()
-        self.norms = anatomy.norms_after(self.cut) if spec.norms else {}
-        names = [*self.adapter_shapes(dict.fromkeys(spec.slots, 1)), *self.extras({}), *self.norms]
+        self._norms = anatomy.norms_after(self.cut) if spec.norms and not anatomy.trained else {}
+        own = (*self._norms, *anatomy.trained)
+        names = [*self.adapter_shapes(dict.fromkeys(spec.slots, 1)), *self.extras({}), *own]
         self._required = frozenset(f"root.{name}" for name in names)
         mean, std = entry.mean or HALF, entry.std or HALF
         self._gain = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(self.device)
@@ -150,6 +150,10 @@ class Backbone:
                 found[shift_name(layer, slot)] = (ranks.get(slot, 1),)
         return found
 
+    def start(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return first values of the network's own weights that are given by name: norms, or all that are trained."""
+        return self._norms | self.anatomy.drawn(generator)
+
     def normalise(self, images: np.ndarray[Any, Any] | Tensor) -> Tensor:
         """Return images (B, H, W, 3) uint8 as normalised float32 (B, 3, H, W) on the backbone's device.
 
@@ -191,7 +195,7 @@ class Backbone:
         Args:
             params: every slot's adapter tensors by canonical name, gates, shifts and norms where the backbone has
                 them; other names (the head) are ignored.
-            tokens: what :meth:`prefix` returned.
+            tokens: what :meth:`prefix` returned, or images as it takes them where nothing is frozen.
             capture: if given, receives the input (B, N, d_in) of every adapted layer under the layer's path,
                 without gradient (which takes the time that ``shortcut`` saves).
 
@@ -206,7 +210,7 @@ class Backbone:
         missing = sorted(name.removeprefix("root.") for name in self._required if name not in given)
         if missing or len(given) > len(self._required):
             self._refuse(missing, given)
-        suffix = self._suffix
+        suffix, tokens = self._suffix, self.normalise(tokens) if tokens.dtype == torch.uint8 else tokens
         with suffix.capturing(capture):
             out: Tensor = torch.func.functional_call(
                 suffix, given, (tokens.to(self.device, self.dtype),), tie_weights=False
@@ -221,8 +225,8 @@ class Backbone:
         Raises:
             BackboneError: an adapter or head tensor is missing.
         """
-        if head.WEIGHT not in params or head.BIAS not in params:
-            raise BackboneError("the head's tensors are missing", where=", ".join(head.NAMES), code="adapter-tensors")
+        if missing := [name for name in self.task.heads if name not in params]:
+            raise BackboneError("the head's tensors are missing", where=", ".join(missing), code="adapter-tensors")
         features = self.features(params, tokens, capture=capture)
         return self.task.apply(params, features, self.image_size)
 

@@ -62,7 +62,7 @@ def load(
             "no such CUDA device is there", where=f"device {device}", fix="use device = 'cpu'", code="no-such-device"
         )
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    loaded = _read(str(name), size)
+    loaded = _read(str(name), size, task)
     _check_digest(loaded, sha256)
     known = replace(loaded.entry, pool=pool or loaded.entry.pool)
     size = size or known.input_size or (224, 224)
@@ -82,6 +82,9 @@ def _build(
     if task.dense and not anatomy.blocks_path:
         what, fix = f"{task.name} needs a model with patch tokens", "use a vision transformer"
         raise BackboneError(what, where=known.name, fix=fix, code="backbone-unsupported")
+    if task.target == "image" and not anatomy.trained:
+        what, fix = f"{task.name} trains a network of its own", "use backbone.name=vit-nano, -tiny, -small or -base"
+        raise BackboneError(what, where=known.name, fix=fix, code="backbone-unsupported")
     _check_size(size, anatomy.patch, known.name)
     if anatomy.blocks_path and "cls" in known.pool and anatomy.prefix_tokens == 0:
         raise BackboneError(
@@ -92,7 +95,7 @@ def _build(
             "the model has no blocks", where=known.name, fix="give another model", code="backbone-depth"
         )
     kept = _check_depth(depth, len(anatomy.blocks), spec, known.name)
-    sizes = _targets(anatomy, kept, spec) if spec.slots else {}
+    sizes = _targets(anatomy, kept, spec) if spec.slots and not anatomy.trained else {}
     anatomy.drop_blocks_after(kept)
     if precision == "bf16" and device == "cpu":
         unfuse_attention(anatomy.root)
@@ -110,8 +113,8 @@ def _build(
     )
 
 
-def _read(name: str, size: tuple[int, int] | None) -> Loaded:
-    from confrere.backbones import hub, mlp, packaged
+def _read(name: str, size: tuple[int, int] | None, task: Task) -> Loaded:
+    from confrere.backbones import hub, mlp, packaged, pretraining
 
     if not name.isprintable() or len(name) > 1024:
         raise BackboneError(
@@ -132,6 +135,8 @@ def _read(name: str, size: tuple[int, int] | None) -> Loaded:
         return packaged.test_vit(known, size)
     if known.kind == "numbers":
         return mlp.random_mlp(known, size)
+    if known.kind == "untrained":
+        return pretraining.untrained(known, size, task)
     if known.kind == "package":
         return packaged.imgfocus(known, size)
     if known.kind == "timm":

@@ -8,7 +8,7 @@ from typing import Literal
 
 from confrere.errors import BackboneError
 
-Kind = Literal["package", "transformers", "timm", "folder", "test", "numbers"]
+Kind = Literal["package", "transformers", "timm", "folder", "test", "numbers", "untrained"]
 Pool = Literal["cls", "mean", "cls+mean"]
 Triple = tuple[float, float, float]
 
@@ -59,6 +59,22 @@ def _dinov2(size: str, width: int, depth: int) -> Entry:
     )
 
 
+def _untrained(size: str, width: int, depth: int, *, side: int = 224, patch: int = 16) -> Entry:
+    return Entry(
+        name=f"vit-{size}",
+        kind="untrained",
+        source="nobody's weights yet",
+        licence="that of the images it is pretrained on",
+        input_size=(side, side),
+        patch=patch,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        depth=depth,
+        width=width,
+        note="A vision transformer without weights, for `confrere pretrain`.",
+    )
+
+
 _ENTRIES = (
     Entry(
         name="dinov2-small-imgfocus",
@@ -106,6 +122,10 @@ _ENTRIES = (
         width=768,
         note="iBOT on histology tiles of TCGA (Filiot et al., 2023); do not test it on TCGA slides.",
     ),
+    _untrained("nano", 128, 4, side=64, patch=8),
+    _untrained("tiny", 192, 12),
+    _untrained("small", 384, 12),
+    _untrained("base", 768, 12),
     Entry(
         name="test-vit",
         kind="test",

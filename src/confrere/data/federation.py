@@ -19,7 +19,7 @@ from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name
 from confrere.data.register import DUPLICATE, Registration, hash_rows, register, with_times
 from confrere.data.sources import Listing, read_listing
-from confrere.data.table import EVENTS
+from confrere.data.table import ALL, EVENTS
 from confrere.errors import DataError
 
 __all__ = ["Federation", "SiteImages", "load_federation"]
@@ -161,8 +161,8 @@ def _classes(listing: Listing, registration: Registration, options: DataOptions)
     agreed = options.classes or listing.classes
     if options.target == "mask":
         return agreed or masks.DEFAULT_CLASSES
-    if options.target == "time":
-        return EVENTS
+    if options.target in ("time", "image"):
+        return EVENTS if options.target == "time" else (ALL,)
     if agreed is not None:
         unknown = sorted(set(found) - set(agreed))
         if unknown:

@@ -27,6 +27,7 @@ def read_folder(root: Path, *, pooled: bool = False, target: Target = "label") -
     """List a folder of sites, or of classes when ``pooled``.
 
     With the ``target`` mask, beside a site's classes lies ``masks`` with a ``<name of the image>.png`` for each image.
+    With the target image, a site's images lie in its folder or in folders below, whose names say nothing.
 
     Raises:
         DataError: the tree does not have exactly these levels, or a name cannot be used.
@@ -70,14 +71,14 @@ def _read_site(
     problems: list[Problem],
     target: Target,
 ) -> None:
-    tree = _TREE if site else _POOLED_TREE
+    tree, unlabelled = _TREE if site else _POOLED_TREE, target == "image"
     before = len(rows) + len(problems)
-    for folder_of_class in _folders(folder, root, tree):
-        if target == "mask" and folder_of_class.name == MASKS:
+    for folder_of_class in [folder] * unlabelled + list(_folders(folder, root, tree, among_images=unlabelled)):
+        if target in ("mask", "image") and folder_of_class.name == MASKS:
             continue
-        label = check_class_name(folder_of_class.name, where=site or root.path.name)
+        label = table.ALL if unlabelled else check_class_name(folder_of_class.name, where=site or root.path.name)
         for path in sorted(folder_of_class.iterdir()):
-            if is_ignored(path.name):
+            if is_ignored(path.name) or (folder_of_class == folder and path.is_dir()):
                 continue
             name = path.relative_to(folder).as_posix()
             if not root.holds(path):
@@ -97,8 +98,8 @@ def _read_site(
         problems.append(Problem(site=site, name=site, reason="no file in a class folder"))
 
 
-def _folders(folder: Path, root: Root, tree: str) -> Iterator[Path]:
-    """Yield the folders of one level; images at this level mean that a level is missing."""
+def _folders(folder: Path, root: Root, tree: str, *, among_images: bool = False) -> Iterator[Path]:
+    """Yield the folders of one level; images at this level mean that a level is missing, unless they are expected."""
     for path in sorted(folder.iterdir()):
         if is_ignored(path.name):
             continue
@@ -108,7 +109,7 @@ def _folders(folder: Path, root: Root, tree: str) -> Iterator[Path]:
             )
         if path.is_dir():
             yield path
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif path.suffix.lower() in IMAGE_SUFFIXES and not among_images:
             raise DataError(
                 "an image lies where only folders are expected", where=folder.name, fix=tree, code="folder-tree"
             )

@@ -11,7 +11,7 @@ from confrere.data.shift import Shift
 Side = Annotated[int, Field(ge=8, le=2048, strict=True)]  # pixels
 # A number is a number: neither "0.2" nor true.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Target = Literal["label", "mask", "time"]
+Target = Literal["label", "mask", "time", "image"]
 Whole = Annotated[int, Field(strict=True)]
 
 
@@ -50,7 +50,8 @@ class DataOptions(BaseModel):
         class_map: other name of a class -> its name, the same for all sites.
         partition: set for one pooled set; None when the data name their sites.
         shift: simulated differences between sites, see :class:`confrere.data.shift.Shift`.
-        target: what a model learns: the ``label``, the ``mask`` of an image, or the ``time`` to an event; tasks set it.
+        target: what a model learns: the ``label``, the ``mask`` of an image, the ``time`` to an event, or nothing but
+            the ``image``; tasks set it.
         constants: tables of numbers: column -> (mean, sd) to standardise with; other columns use each site's own.
     """
 

@@ -18,7 +18,12 @@ from confrere.errors import DataError
 
 SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 MOST_BYTES, MOST_COLUMNS = 100_000_000, 10_000
-TARGETS: dict[Target, tuple[str, ...]] = {"label": ("label",), "mask": ("mask",), "time": ("time", "event")}
+TARGETS: dict[Target, tuple[str, ...]] = {
+    "label": ("label",),
+    "mask": ("mask",),
+    "time": ("time", "event"),
+    "image": (),
+}
 ALL, EVENTS = "all", ("censored", "event")
 """What images without a label are called."""
 _SHOWN = 5
@@ -37,7 +42,7 @@ def read_table(
         column: further column to keep, for a partition by attribute.
         site: all rows belong to this site and a ``site`` column is not read.
         target: ``mask``: a column ``mask`` names every image's mask; ``time``: columns ``time`` and ``event``. Then
-            ``label`` may be missing, and only stratifies.
+            ``label`` may be missing, and only stratifies. ``image``: there may be labels, which are not read.
 
     Raises:
         DataError: encoding, header, a missing column or cell, or a path that leaves the folder, by line.
@@ -84,7 +89,8 @@ def _row(
         raise ValueError("split is not train, val or test")
     time = time_of(cells) if target == "time" else None
     # Empty only where another target counts; events must not all fall into one split.
-    label = check_class_name(cells.get("label") or (EVENTS[int(time[1])] if time else ALL))
+    named = cells.get("label") if target != "image" else None
+    label = check_class_name(named or (EVENTS[int(time[1])] if time else ALL))
     return Row(
         path=root.join(cells["path"]),
         name=cells["path"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from confrere.method import Method, register
 
@@ -21,3 +22,9 @@ class FedIT(Method):
     Differences from the paper: a vision transformer and a linear head instead of a language model; a fresh
     optimiser in every round; local steps instead of local epochs.
     """
+
+    targets: ClassVar[tuple[str, ...]] = (*Method.targets, "image")
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return all steps: what is sent is trained from what was received alone."""
+        return steps

@@ -264,7 +264,13 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
 
 def spoken(metric: str) -> str:
     """Return the name of a metric as it stands in a sentence: ``balanced_accuracy`` is "balanced accuracy"."""
-    return {"dice": "Dice", "harrell": "concordance"}.get(metric, metric.replace("_", " "))
+    words = {
+        "dice": "Dice",
+        "harrell": "concordance",
+        "explained": "explained share",
+        "matched": "share of matched views",
+    }
+    return words.get(metric, metric.replace("_", " "))
 
 
 def signed(points: float) -> str:

@@ -53,6 +53,15 @@ _WORDS = {
     "antolini": ("Concordance in time", "%", "The same by the predicted curves at the time of each event (Antolini)."),
     "uno": ("Concordance, weighted", "%", "The same, weighted against censoring (Uno)."),
     "auc": ("AUC", "", "How well the model parts who had the event by a time from who had not; mean over time."),
+    "explained": (
+        "Explained",
+        "%",
+        "How much of what a hidden patch shows the network draws: 1 less its squared error, as a share of the error of "
+        "drawing each patch evenly grey, in its own mean; 0 where it draws no better than that.",
+    ),
+    "error": ("Error", "", "The mean squared error over hidden patches. Compare it within one setting only."),
+    "matched": ("Matched", "%", "How often an image's other view is the most similar one of up to 64 images."),
+    "loss": ("Loss", "", "The mean cross-entropy of that choice, in nats."),
     "ibs": ("Brier score", "%, less is better", "The mean squared gap between predicted survival and what happened."),
 }
 """Short name, unit (none: a number with two decimals) and meaning of the measures that need no guess."""

@@ -9,13 +9,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from confrere.errors import ConfigError, nearest
 from confrere.tasks.classification import Classification
+from confrere.tasks.pretext import Contrast, Reconstruction
 from confrere.tasks.segmentation import Segmentation
 from confrere.tasks.survival import Survival
 from confrere.tasks.task import Objective, Task
 
 __all__ = ["CLASSIFICATION", "TASKS", "Objective", "Task", "make_task"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Segmentation, Survival)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Classification, Segmentation, Survival, Reconstruction, Contrast)
+}
 CLASSIFICATION = Classification()
 
 

@@ -49,6 +49,8 @@ class Task(ABC):
     """What the data must hold."""
     dense: ClassVar[bool] = False
     """Whether the head reads every patch (B, h, w, D) instead of one vector (B, F)."""
+    heads: ClassVar[tuple[str, ...]] = head.NAMES
+    """Tensors without which :meth:`apply` has no meaning."""
     weighted: ClassVar[bool] = False
     """Whether the loss can weigh classes."""
 
