@@ -9,7 +9,7 @@ at the end of each run. A comparison that was stopped continues where it was.
 Comparisons: ``methods`` sets FedOPAL beside its controls; ``variants`` sets FedOPAL's own choices side by side
 in shorter runs on smaller images; ``zoo`` compares every registered method, and tunes them all equally with ``--tune``,
 in runs that two cores finish in an hour; ``zoo-large`` is the same for a larger machine; ``concept`` and ``stain``
-simulate differences between the sites.
+simulate differences between the sites; ``private`` hides every training image (docs/privacy.md) at epsilon 8, 1 and 4.
 """
 
 from __future__ import annotations
@@ -64,6 +64,15 @@ SHIFTED = (
 )
 CONCEPT = 'data.shift=[{kind="concept", sites=["vidir_modern"], classes=["bkl", "mel"]}]'
 STAIN = 'data.shift=[{kind="stain", strength=0.8}]'
+RECORD = "privacy.unit=record:privacy.delta=1e-5:privacy.epsilon="
+PRIVATE = (
+    "fedopal:training=in-turn",
+    "fedit",
+    *(f"{name}:{RECORD}{value}" for value in (8, 1, 4) for name in ("fedopal:training=in-turn", "fedit")),
+    "local",
+)
+FEW = ["rounds=5", "train.steps=6", "train.batch_size=48", "train.lr=5e-3", "train.balance=none", "selection.every=5"]
+FEW += ["adapter.rank=8", "adapter.blocks=1", "backbone.image_size=56"]
 COMPARISONS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "methods": (METHODS, ["rounds=16", "train.steps=20", "selection.every=4", "backbone.image_size=98"]),
     "variants": (VARIANTS, ["rounds=12", "train.steps=10", "selection.every=4", "backbone.image_size=70"]),
@@ -71,6 +80,7 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "zoo-large": (ZOO, ["rounds=30", "train.steps=20", "selection.every=3", "backbone.image_size=98"]),
     "concept": (SHIFTED, [*SMALL, CONCEPT]),
     "stain": (SHIFTED, [*SMALL, STAIN]),
+    "private": (PRIVATE, FEW),
 }
 
 

@@ -29,13 +29,22 @@ class Part(BaseModel):
 class BackboneChoice(Part):
     """Which frozen model. ``depth`` keeps the first blocks (default: the registry's); ``sha256`` pins the weights.
 
-    ``depths``: sites that keep another number of blocks, for methods that can average across them.
+    ``depths``: sites that keep another number of blocks, for methods that can average across them. ``patch``: voxels
+    along each axis of the part of a volume that a network for volumes sees at once (default: all of it).
     """
 
     name: str = "dinov2-small-imgfocus"
     depth: int | None = Field(default=None, ge=1)
     depths: dict[str, Annotated[int, Field(ge=1)]] = {}
     image_size: int | None = Field(default=None, ge=8, le=2048)
+    patch: (
+        tuple[
+            Annotated[int, Field(ge=8, le=512)],
+            Annotated[int, Field(ge=8, le=512)],
+            Annotated[int, Field(ge=8, le=512)],
+        ]
+        | None
+    ) = None
     sha256: str | None = None
 
 
@@ -80,14 +89,15 @@ class FederationChoice(Part):
     """Who takes part, and how what they send is combined.
 
     ``sampling``: ``fixed`` draws a ``fraction`` of all sites a round, ``poisson`` every site by itself with that
-    chance, so that a round may have nobody. See :func:`confrere.federation.sampling.sample`.
+    chance, so that a round may have nobody; ``groups`` one of fixed groups, so that sums tell nobody from the rest of
+    its group. See :func:`confrere.federation.sampling.sample`.
     ``weights``: a site counts by its training ``images`` or every site ``equal``. ``rule``: see
     :data:`confrere.federation.robust.RULES`; one other than ``mean`` gives all sites the same weight and is defined
     for up to ``byzantine`` sites that send anything. ``canonical``: express every site's factors in the gauge of what
     was broadcast before they are combined, so that a rescaled pair (c A, B / c) changes nothing.
     """
 
-    sampling: Literal["fixed", "poisson"] = "fixed"
+    sampling: Literal["fixed", "poisson", "groups"] = "fixed"
     fraction: float = Field(default=1.0, gt=0, le=1)
     min_replies: int = Field(default=1, ge=1)
     weights: Literal["images", "equal"] = "images"
@@ -121,14 +131,26 @@ class SecureChoice(Part):
 
 
 class PrivacyChoice(Part):
-    """The budget of a method that hides who took part; see docs/privacy.md. Other methods have none.
+    """What is hidden, and its budget; see docs/privacy.md.
 
-    ``epsilon``: a run ends before a round that would exceed it, counted without amplification; 0 never. ``delta``: has
-    to be given, well below one over the number of sites.
+    ``unit``: a whole ``site``, where the method makes the noise (without one this table says nothing); or, within every
+    site, each training image (``record``) or all images of each ``patient``, by noisy local steps. ``epsilon``: no
+    round begins that would exceed it; 0 never. A site's is counted without amplification. ``delta``: has to be given,
+    well below one over the number of units.
+
+    The others are of noisy steps. ``sigma``: noise in units of ``clip``; 0 takes the least that ``epsilon`` allows for
+    all rounds. ``clip``: largest norm of what a unit adds to a step's gradient, of all trained tensors together.
+    ``images``: at most so many of a patient count in a step. ``noise_seed``: 0 takes noise and draws from the operating
+    system; else from this seed, which takes the noise off again: simulations.
     """
 
+    unit: Literal["", "site", "record", "patient"] = ""
     epsilon: float = Field(default=0.0, ge=0)
     delta: float = Field(default=0.0, ge=0, lt=1)
+    sigma: float = Field(default=0.0, ge=0, le=1e6)
+    clip: float = Field(default=1.0, gt=0, le=1e6)
+    images: int = Field(default=2, ge=1, le=64)
+    noise_seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class AttackChoice(Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -117,16 +117,30 @@ def doctor(
 def epsilon(
     sigma: Annotated[float, typer.Option(help="noise, in units of the clip", min=0)],
     rounds: Annotated[int, typer.Option(help="releases; one that is done again counts again", min=1)],
-    delta: Annotated[float, typer.Option(help="well below 1/sites")],
-    sites: Annotated[int, typer.Option(help="hospitals", min=1)],
+    delta: Annotated[float, typer.Option(help="well below one over the number of units")],
     parameters: Annotated[int, typer.Option(help="numbers that a hospital sends a round", min=0)],
+    sites: Annotated[int, typer.Option(help="hospitals, for --unit site", min=0)] = 0,
+    unit: Annotated[str, typer.Option(help="what is hidden: site, record or patient")] = "site",
+    records: Annotated[int, typer.Option(help="training images, or patients, of one hospital", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="of which so many are expected in a step", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="noisy local steps a round", min=1)] = 10,
     fraction: Annotated[float, typer.Option(help="chance of a hospital to be drawn in a round")] = 1.0,
     target: Annotated[float, typer.Option(help="epsilon whose sigma is wanted too; 0: none", min=0)] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Say what hiding whole hospitals would cost: epsilon, and how loud the noise is; nothing is trained."""
-    from confrere.privacy.planning import lines, plan
+    """Say what hiding hospitals, or their images or patients, costs: epsilon, and how loud the noise is."""
+    from confrere.privacy.planning import lines, plan, plan_units, unit_lines
 
+    if unit != "site":
+        of_site: dict[str, Any] = {
+            "records": records,
+            "batch": batch,
+            "steps": rounds * steps,
+            "parameters": parameters,
+        }
+        said = plan_units(unit=unit, sigma=sigma, delta=delta, target=target, **of_site)
+        typer.echo(json.dumps(said, indent=1, allow_nan=False) if as_json else "\n".join(unit_lines(said)))
+        return
     options = {"sigma": sigma, "fraction": fraction, "delta": delta, "target": target}
     found = plan(**options, rounds=rounds, sites=sites, parameters=parameters)
     typer.echo(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))

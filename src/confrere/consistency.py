@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from confrere.backbones.registry import REGISTRY, WHOLE
 from confrere.errors import ConfigError
 from confrere.federation.secure.settings import check_alone, check_method
 from confrere.method import METHODS, Method, make
 
 if TYPE_CHECKING:
     from confrere.config import Experiment
+
+UNITS = ("record", "patient")
+"""Units of privacy that noisy local steps hide."""
+SINGLE = {"classification": "", "segmentation": "", "survival": "logistic-hazard"}
+"""Tasks whose loss is one of each image alone, with the curve for which that holds."""
 
 
 def check_choices(experiment: Experiment) -> None:
@@ -33,9 +40,11 @@ def check_choices(experiment: Experiment) -> None:
         _check_depths(experiment, method)
         _check_privacy(experiment, method)
     # A comparison, which has no controls, may set a budget beside others.
-    chosen, hiding = experiment.privacy, [m for m in (main, *map(make, controls)) if m.release()]
+    chosen, noisy = experiment.privacy, experiment.privacy.unit in UNITS
+    hiding = [m for m in (main, *map(make, controls)) if m.release() or (noisy and m.sends and not m.pools)]
     if controls and not hiding and (chosen.epsilon or chosen.delta):
         what, fix = f"{main.name} adds no noise: a budget would bound nothing", "leave it out, or use method.name=dpfed"
+        fix += ", or privacy.unit=record with a method that docs/privacy.md names"
         raise ConfigError(what, where="privacy", fix=fix, code="privacy")
     if experiment.secure.aggregation:
         check_method(main, unequal=bool(experiment.adapter.ranks or experiment.backbone.depths))
@@ -54,7 +63,13 @@ def _check_task(experiment: Experiment) -> None:
     if train.balance == "weights" and not task.weighted:
         fix = 'use "sampling" or "none"'
         raise ConfigError(f"{task.name} has no class weights", where="train.balance", fix=fix, code="task")
+    name = experiment.backbone.name
+    whole = name in REGISTRY and REGISTRY[name].kind in WHOLE
     for method in (experiment.build_method(), *map(make, experiment.controls)):
+        if whole and not method.whole:
+            able = ", ".join(sorted(name for name, cls in METHODS.items() if cls.whole))
+            what = f"{method.name} trains adapters, {name} is trained whole"
+            raise ConfigError(what, where="method.name", fix=f"use one of: {able}", code="task")
         if task.target not in method.targets:
             fix = (
                 f"use one of: {', '.join(sorted(name for name, cls in METHODS.items() if task.target in cls.targets))}"
@@ -63,7 +78,10 @@ def _check_task(experiment: Experiment) -> None:
 
 
 def _check_privacy(experiment: Experiment, method: Method) -> None:
-    """Refuse what epsilon would not cover, for a method that hides who took part."""
+    """Refuse what epsilon would not cover, for a method that hides who took part, or for sites that hide images."""
+    if experiment.privacy.unit in UNITS:
+        _check_units(experiment, method)
+        return
     if not method.release():
         return
     federation, gate, choice = experiment.federation, experiment.gate, experiment.selection
@@ -71,6 +89,7 @@ def _check_privacy(experiment: Experiment, method: Method) -> None:
     wanted = {
         "federation.weights": (federation.weights == "equal", "equal", "a site with more images would count for more"),
         "federation.rule": (federation.rule == "mean", "mean", "noise is made for a sum"),
+        "federation.sampling": (federation.sampling != "groups", "fixed", "it is not accounted for fixed groups"),
         "federation.canonical": (not federation.canonical, "false", "a clip is that of the change as it was sent"),
         "gate.norm": (not gate.norm, "0", f"it compares sites with each other; {size}"),
         "gate.factor": (not gate.factor, "0", f"it compares sites with each other; {size}"),
@@ -82,6 +101,40 @@ def _check_privacy(experiment: Experiment, method: Method) -> None:
             "whether so few sites open a sum depends on each of them",
         ),
     }
+    _refuse(wanted, method)
+
+
+def _check_units(experiment: Experiment, method: Method) -> None:
+    """Refuse what epsilon would not cover where sites make their local steps noisy; controls that send nothing may."""
+    chosen, train, name = experiment.privacy, experiment.train, method.name
+    if not method.sends or method.pools:
+        return
+    if method.release():
+        what, fix = f"{name} hides whole sites by a noise of its own", "use privacy.unit=site, or another method"
+        raise ConfigError(what, where="privacy.unit", fix=fix, code="privacy")
+    if method.noised(train.steps, 1, experiment.rounds) is None:
+        able = [other for other in sorted(METHODS) if make(other).noised(2, 1, 2) is not None]
+        what = (
+            f"one {chosen.unit} could move what {name} sends by more than a clip bounds: it also depends on images by "
+            "other ways than noisy steps, such as an adapter trained beside it without noise"
+        )
+        fix = f"use one of: {', '.join(able)}, or fedopal with method.training=in-turn"
+        raise ConfigError(what, where="method.name", fix=fix, code="privacy")
+    task, own = experiment.build_task(), "a table is standardised by each site's own rows"
+    single = task.name in SINGLE and task.choice().get("curve", SINGLE[task.name]) == SINGLE[task.name]
+    wanted = {
+        "train.balance": (train.balance == "none", "none", "one image changes how all of its class are weighed"),
+        "task": (single, "classification, segmentation or survival with logistic-hazard", "its loss may join images"),
+        "backbone.name": (experiment.backbone.name != "mlp", "dinov2-small-imgfocus, with images", own),
+        "selection.patience": (not experiment.selection.patience, "0", "to stop by validation images is a release"),
+        "privacy.delta": (chosen.delta > 0, "1e-5, well below one over the images of a site", "it needs one"),
+        "privacy.epsilon": (bool(chosen.epsilon or chosen.sigma), "8, or set privacy.sigma", "there is no noise"),
+    }
+    _refuse(wanted, method)
+
+
+def _refuse(wanted: Mapping[str, tuple[bool, str, str]], method: Method) -> None:
+    """Raise ConfigError for the first key that is not fine: whether it is, what would be, and why it is not."""
     for key, (fine, instead, why) in wanted.items():
         if not fine:
             what = f"epsilon of {method.name} would not hold: {why}"

@@ -35,10 +35,11 @@ def export_adapters(
     """Write ``<site>/{general,personal,merged}/`` and ``<site>/head.{safetensors,json}`` for every examined site.
 
     ``merged`` holds all slots as one adapter of summed rank, where the method's prediction is their sum.
-    ``head.safetensors`` holds all that is no LoRA factor: the head, and norms or gates of methods that have them. Of a
-    network that was trained whole: ``backbone/``, once in ``general/`` where all sites share it.
+    ``head.safetensors`` holds all that is no LoRA factor: the head, norms or gates of methods that have them, and a
+    network that was trained whole. Without labels: ``backbone/``, once in ``general/`` where all sites share it.
     """
-    if method.has_general() and results["sites"] and all(site.backbone.anatomy.trained for site in sites.values()):
+    pretext = all(site.backbone.task.target == "image" for site in sites.values())
+    if pretext and method.has_general() and results["sites"]:
         first = sites[min(results["sites"])]
         params = first.params(Request(kind="evaluate", round=round_, state=method.broadcast(server, first.name)))
         export_backbone(folder / "general" / "backbone", method, first.backbone, params)
@@ -63,17 +64,19 @@ class About:
 
 
 def export_model(folder: Path, method: Method, backbone: Backbone, params: Tensors, about: About) -> None:
-    """Write the adapters and the head of one model, or the backbone that was trained whole."""
-    if backbone.anatomy.trained:
+    """Write the adapters and the head of one model, or the backbone that was trained without labels."""
+    if backbone.task.target == "image":
         export_backbone(folder / "backbone", method, backbone, params)
         return
     base = base_name(backbone)
-    for slot in method.all_slots:
+    for slot in () if backbone.anatomy.trained else method.all_slots:
         chosen = {n: t for n, t in params.items() if lora.slot_of(n) == slot}
         write_files(folder / slot, export(chosen, scale=backbone.scale, base_name=base))
-    if method.additive():
+    if method.additive() and not backbone.anatomy.trained:
         merged = merge_slots(params, method.all_slots)
         write_files(folder / "merged", export(merged, scale=backbone.scale, base_name=base))
+    slots = ["merged"] if method.additive() else list(method.all_slots)
+    slots = [] if backbone.anatomy.trained else slots
     rest = {n: t.contiguous() for n, t in params.items() if lora.slot_of(n) is None}
     write_bytes(folder / "head.safetensors", save(rest))
     write_json(
@@ -93,7 +96,7 @@ def export_model(folder: Path, method: Method, backbone: Backbone, params: Tenso
             "scale": backbone.scale,
             "blocks": backbone.spec.blocks,
             "targets": backbone.spec.targets,
-            "slots": ["merged"] if method.additive() else list(method.all_slots),
+            "slots": slots,
             "method": {"name": method.name, **asdict(method)},
         },
     )

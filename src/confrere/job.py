@@ -19,8 +19,9 @@ from confrere.data.paths import RESERVED as POOLED
 from confrere.examination import examine_sites
 from confrere.export import export_adapters
 from confrere.federation.attacks import DATA, Attacked, flip_labels
-from confrere.federation.budget import budget_of
+from confrere.federation.budget import budget_of, privacy_said
 from confrere.federation.gate import Gate
+from confrere.federation.ledger import ledger_of
 from confrere.federation.loop import Plan, federate
 from confrere.federation.sampling import cohort_size
 from confrere.federation.secure.simulated import equip
@@ -198,8 +199,7 @@ def lead(
     notify({"event": "examine", "round": chosen})
     names = [site.name for site in task.federation.sites]
     results = examine_sites(experiment, task.federation.classes, names, run, transport, chosen)
-    if way.budget is not None:
-        results["privacy"] = way.budget.record(method, run)
+    results |= privacy_said(way.budget, method, run, results["sites"])
     export(results, chosen)
     results["seconds"] = round(time.perf_counter() - started, 1)
     finish(run, run.path, results)
@@ -263,8 +263,8 @@ def make_site(task: Prepared, name: str, run: Run) -> Site:
     steps = choice.steps * (cohort if name == POOLED else 1)  # as many as all asked sites together
     if experiment.attack.name in DATA and name in experiment.attack.sites and task.method.sends:
         data = flip_labels(data, experiment.attack.strength, experiment.seed, name)
-    examples = len(data.rows("train"))
     store = run.store(name)
+    settings = TrainSettings(**{**choice.model_dump(), "steps": steps})
 
     def keep(model: str, predictions: Tensors) -> None:
         write_state(store.folder / f"test-{model}.safetensors", {"test": predictions}, {"site": name})
@@ -279,9 +279,10 @@ def make_site(task: Prepared, name: str, run: Run) -> Site:
         seed=experiment.seed,
         rounds=experiment.rounds,
         keep=keep,
-        settings=TrainSettings(**{**choice.model_dump(), "steps": steps}),
-        weight=float(examples) if experiment.federation.weights == "images" else 1.0,
+        settings=settings,
+        weight=float(len(data.rows("train"))) if experiment.federation.weights == "images" else 1.0,
         val_limit=experiment.selection.images or None,
+        ledger=ledger_of(task.method, experiment.privacy, settings, data, experiment.rounds, store.folder),
     )
 
 

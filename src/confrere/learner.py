@@ -13,7 +13,6 @@ from torch import Tensor
 
 from confrere.backbones import Backbone
 from confrere.errors import TrainingError
-from confrere.objectives import class_weights
 from confrere.optimiser import AdamW
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tasks import Objective
@@ -91,6 +90,7 @@ class Learner:
         steps: int | None = None,
         capture: bool = False,
         tag: str = "fit",
+        released: bool = True,
     ) -> dict[str, Tensor]:
         """Return ``params`` after this round's optimiser steps; the input is not changed.
 
@@ -104,6 +104,7 @@ class Learner:
             steps: instead of ``settings.steps``, for methods that divide a round's steps.
             capture: fill ``batch.inputs`` with the undropped input of each adapted layer.
             tag: address of the batches, for methods that fit twice a round.
+            released: whether anything sent, now or later, depends on the result; :mod:`confrere.noisy` asks.
 
         Raises:
             TrainingError: the loss is not finite; nothing of this round is kept.
@@ -179,12 +180,12 @@ class Learner:
         """Return the loss of a training batch, or that whose mean over ``rows`` is what training minimises."""
         task = self.backbone.task
         name = self.settings.loss or task.losses[0]
-        weighted = ("weights",) if rows is None else ("weights", "sampling")
+        weighted = ("weights",) if rows is None or task.target != "label" else ("weights", "sampling")
         if self.settings.balance not in weighted or not task.weighted:
             return task.objective(name)
         rows = self.data.rows("train") if rows is None else rows
-        counts = np.bincount(self.data.labels[rows], minlength=len(self.data.classes))
-        return task.objective(name, class_weights(counts.tolist()).to(self.backbone.device))
+        weights = task.weights(self.data.targets(rows), len(self.data.classes))
+        return task.objective(name, weights.to(self.backbone.device))
 
     def features(self, params: Tensors, batch: Batch) -> Tensor:
         """Return pooled features (B, feature_dim) of a batch, without dropout; dense ones as their mean."""

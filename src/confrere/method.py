@@ -89,8 +89,10 @@ class Method:
     """What stays at a site besides the slots that are not shared, in words for reports."""
     keeps: ClassVar[tuple[str, ...] | None] = None
     """All that stays at a site, in words, where :meth:`shared` cannot tell: instead of what it says stays."""
-    targets: ClassVar[tuple[str, ...]] = ("label", "mask", "time")
+    targets: ClassVar[tuple[str, ...]] = ("label", "labels", "mask", "boxes", "time", "image")
     """What it can learn; those that look at labels, features or heads of one form themselves name less."""
+    whole: ClassVar[bool] = False
+    """Whether it can train a whole network, which has no adapters."""
     closed_form: ClassVar[bool] = False
     """True for a method that solves instead of taking steps: no learning rate reaches it."""
     pools: ClassVar[bool] = False
@@ -174,6 +176,14 @@ class Method:
 
     def check(self, steps: int, rounds: int) -> None:
         """Raise ConfigError where so many local steps or rounds do not do; called before anything is read."""
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return how many of a round's local ``steps`` have to be noisy to hide an image in all that is sent.
+
+        None where noise on gradients would not do: what is sent also depends on images in another way, such as through
+        tensors that were trained without noise. See :meth:`confrere.learner.Learner.fit`, ``released``.
+        """
+        return None
 
     def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
         """Return class scores (B, K) of images, given what :meth:`personal` returned."""

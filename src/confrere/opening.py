@@ -14,7 +14,7 @@ from confrere.errors import ConfigError, nearest
 from confrere.federation.attacks import check_attack
 from confrere.federation.budget import budget_of
 from confrere.federation.robust import check_rule
-from confrere.federation.sampling import cohort_size
+from confrere.federation.sampling import check_groups, cohort_size
 from confrere.federation.secure.settings import check_cohort
 from confrere.prefix import cache_dir
 
@@ -32,7 +32,13 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
         cache=cache_dir(),
         splits=out / "splits.csv",
     )
-    names = [site.name for site in federation.sites]
+    check_sites(experiment, federation)
+    return federation
+
+
+def check_sites(experiment: Experiment, federation: Federation) -> None:
+    """Raise ConfigError or DataError where the choices do not go with the sites that there are."""
+    spec, names = experiment.backbone, [site.name for site in federation.sites]
     for key, given in (("adapter.ranks", experiment.adapter.ranks), ("backbone.depths", spec.depths)):
         for name in sorted(given.keys() - set(names)):
             raise ConfigError(
@@ -51,6 +57,7 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
             fix=f"use at most {asked}",
             code="quorum",
         )
+    check_groups(experiment.federation, trainers, threshold=experiment.secure.threshold if experiment.masked else None)
     chosen, unequal = experiment.federation, bool(experiment.adapter.ranks or spec.depths)
     budget_of(experiment.build_method(), chosen, experiment.privacy, trainers)
     check_rule(experiment.build_method(), chosen.rule, chosen.byzantine, asked, unequal=unequal)
@@ -58,7 +65,6 @@ def open_data(experiment: Experiment, out: Path) -> Federation:
         check_cohort(asked, experiment.secure.threshold)
     attack, training = experiment.attack, [name for name in names if name != experiment.hold_out]
     check_attack(attack.name, attack.sites, attack.strength, training)
-    return federation
 
 
 def _check_kind(experiment: Experiment) -> None:
@@ -66,6 +72,14 @@ def _check_kind(experiment: Experiment) -> None:
     name = experiment.backbone.name
     reads = name in REGISTRY and REGISTRY[name].kind == "numbers"
     given = holds_numbers(Path(experiment.path), experiment.data)
+    volumes = name in REGISTRY and REGISTRY[name].kind == "volumes"
+    if volumes != (experiment.data.volume is not None):
+        what = f"{name} reads {'volumes' if volumes else 'no volumes'}"
+        fix = "set data.volume.size" if volumes else "use backbone.name=unet, unetr or swinunetr"
+        raise ConfigError(what, where="backbone.name", fix=fix, code="backbone-kind")
+    if volumes and experiment.train.views > 1:
+        fix = "use train.views=1"
+        raise ConfigError("volumes have one orientation", where="train.views", fix=fix, code="backbone-kind")
     if reads != given:
         raise ConfigError(
             f"{name} reads {'rows of numbers' if reads else 'images'}, the data are "
@@ -104,6 +118,7 @@ def load_backbone(experiment: Experiment, federation: Federation, depth: int | N
         ),
         depth=depth,
         image_size=federation.image_size,
+        patch=spec.patch,
         sha256=spec.sha256,
         device=experiment.engine.device,
         precision=experiment.engine.precision,

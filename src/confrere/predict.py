@@ -23,6 +23,7 @@ from confrere.data.paths import Root
 from confrere.errors import BackboneError, DataError, RunError
 from confrere.method import Method, make
 from confrere.pictures import outlined, placed, png
+from confrere.predict_volumes import predict_volumes
 from confrere.record.files import read_json, write_bytes
 from confrere.tasks import make_task
 from confrere.tensors import Tensors
@@ -50,7 +51,10 @@ class Predictor:
         self.params: Tensors = {**params, **read_head(folder / "head.safetensors")}
         chosen = self.info["method"]
         self.method = make(chosen["name"], {key: value for key, value in chosen.items() if key != "name"})
-        given = read(run / "experiment.toml").get("backbone")
+        experiment = read(run / "experiment.toml")
+        given, data = experiment.get("backbone"), experiment.get("data")
+        self.volumes = data if isinstance(data, dict) and data.get("volume") else None
+        patch = given.get("patch") if isinstance(given, dict) else None
         self.backbone: Backbone = load(
             str(given.get("name", self.info["backbone"]) if isinstance(given, dict) else self.info["backbone"]),
             lora=lora.LoraSpec(
@@ -63,6 +67,7 @@ class Predictor:
             ),
             depth=self.info["depth"],
             image_size=self.info["image_size"],
+            patch=tuple(patch) if patch else None,
             pool=self.info["pool"],
             precision=self.info["precision"],
             sha256=self.info["backbone_sha256"],
@@ -77,9 +82,10 @@ class Predictor:
 
     def _try(self, folder: Path) -> None:
         """Refuse tensors that do not fit the backbone or the classes: one empty image must get finite scores."""
-        height, width = self.backbone.image_size
-        table = self.backbone.anatomy.accept is not None
-        empty = np.zeros((1, height, width) if table else (1, height, width, 3), np.float32 if table else np.uint8)
+        size, table = self.backbone.image_size, self.backbone.anatomy.accept is not None
+        empty = np.zeros((1, *size) if table else (1, *size, 3), np.float32 if table else np.uint8)
+        if self.volumes is not None:
+            empty = np.zeros((1, *size, 1), np.float32)
         try:
             found = self.probabilities(empty)
         except BackboneError as error:
@@ -93,8 +99,9 @@ class Predictor:
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return calibrated probabilities (B, K), of masks (B, K, H, W), of decoded images (B, H, W, 3) uint8."""
+        seen = torch.from_numpy(images) if self.backbone.anatomy.trained else self.backbone.prefix(images)
         with torch.no_grad():
-            logits = self.method.scores(self.backbone, self.params, self.backbone.prefix(images)).double()
+            logits = self.method.scores(self.backbone, self.params, seen).double()
         return self.backbone.task.chances(logits, self.info["temperature"])
 
     def overlay(self, image: np.ndarray) -> bytes:
@@ -130,7 +137,7 @@ class _Info(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     classes: list[str] = Field(min_length=2)
-    slots: list[str] = Field(min_length=1)
+    slots: list[str]
     method: dict[str, Any]
     task: dict[str, Any] = {"name": "classification"}
     backbone: str
@@ -140,7 +147,7 @@ class _Info(BaseModel):
     targets: str
     scale: float = Field(gt=0)
     temperature: float = Field(gt=0)
-    image_size: list[int] = Field(min_length=2, max_length=2)
+    image_size: list[int] = Field(min_length=2, max_length=3)
     pool: Literal["cls", "mean", "cls+mean"]
     precision: Literal["fp32", "bf16"]
 
@@ -207,7 +214,8 @@ def predict_folder(
     """Write a CSV of calibrated probabilities, one row an image, and overlays of the first images.
 
     Of a model for masks: a CSV with each class's share of the pixels, and beside it a folder of masks, as large as the
-    images; what the model did not see, as it was cut off, is background. An overlay shows the mask's outline.
+    images; what the model did not see, as it was cut off, is background. An overlay shows the mask's outline. Of a
+    model for volumes: see :mod:`confrere.predict_volumes`.
 
     Returns the number of rows and one line per file that could not be read; such files are left out.
 
@@ -224,8 +232,11 @@ def predict_folder(
             fix="in Python: Predictor(run, site).probabilities(standardise(rows, ...)), see docs/tables.md",
             code="prediction",
         )
+    if predictor.volumes is not None:
+        return predict_volumes(predictor, predictor.volumes, source, out)
     files = image_files(source)
-    images, names, sizes, problems = _decode(files, source, predictor.backbone.image_size)
+    height, width = predictor.backbone.image_size
+    images, names, sizes, problems = _decode(files, source, (height, width))
     if not images:
         raise DataError(
             "none of the files is a readable image", where=str(source), fix="\n  ".join(problems[:5]), code="prediction"

@@ -83,7 +83,7 @@ def tokens(
         DataError: the cache cannot be written.
         ConfigError: eight views of images that are not square.
     """
-    if site.images.dtype != np.uint8:  # a table: nothing worth a file
+    if len(site.images.shape) == 3:  # a table: nothing worth a file
         rows = as_numpy(backbone.prefix(site.images[np.arange(len(site.labels))]))
         return TokenSet(
             tokens=rows,
@@ -93,9 +93,8 @@ def tokens(
             classes=classes,
             truth=site.targets,
         )
-    height, width = backbone.image_size
     every, train = np.arange(len(site.labels)), np.flatnonzero(site.split == 0)
-    if views > 4 and height != width:
+    if views > 4 and len(set(backbone.image_size)) > 1:
         raise ConfigError("images that are not square have four views", where="train.views", fix="use 1, 2 or 4")
 
     def kept(view: int) -> Array:

@@ -28,7 +28,8 @@ class TokenSet:
         views: other orientations of the training images, each (training images, tokens, width).
         labels: int64 (N,), by which images are drawn. groups: int64 (N,), opaque patient numbers. split: int8 (N,),
             0 train, 1 val, 2 test.
-        truth: what a model learns where that is not the label: masks uint8 (N, H, W), or time and event float32 (N, 2).
+        truth: what a model learns where that is not the label: masks uint8 (N, H, W); or float32: boxes (N, most, 5),
+            findings (N, K), or time and event (N, 2).
     """
 
     tokens: Array
@@ -56,10 +57,12 @@ class TokenSet:
         return Batch(tokens, torch.from_numpy(self.targets(rows, views)))
 
     def targets(self, rows: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """Return what a model should say of the rows: classes (B,), masks (B, H, W) oriented as ``views``, or times."""
+        """Return what a model should say of the rows, ``truth`` or else classes (B,), oriented as ``views``."""
         found: np.ndarray = (self.labels if self.truth is None else self.truth)[rows]
         for view in np.unique(views[views > 0]) if views is not None and found.ndim == 3 else ():
-            found[views == view] = oriented(found[views == view][..., None], int(view))[..., 0]
+            part = found[views == view]
+            masks = found.dtype == np.uint8
+            found[views == view] = oriented(part[..., None], int(view))[..., 0] if masks else turned(part, int(view))
         return found
 
 
@@ -68,6 +71,16 @@ def oriented(images: np.ndarray, view: int) -> np.ndarray:
     images = images.transpose(0, 2, 1, 3) if view & 4 else images
     images = images[:, :, ::-1] if view & 1 else images
     return np.ascontiguousarray(images[:, ::-1] if view & 2 else images)
+
+
+def turned(boxes: np.ndarray, view: int) -> np.ndarray:
+    """Return boxes (B, most, 5), in 0..1 of the image, where :func:`oriented` puts what they surround."""
+    out = boxes[..., [1, 0, 3, 2, 4]] if view & 4 else boxes.copy()
+    there = boxes[..., 4:] > 0
+    for bit, sides in ((1, [2, 0]), (2, [3, 1])):
+        if view & bit:
+            out[..., sides[::-1]] = np.where(there, 1 - out[..., sides], out[..., sides[::-1]])
+    return out
 
 
 def as_numpy(tokens: Tensor) -> np.ndarray:

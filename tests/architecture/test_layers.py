@@ -22,17 +22,20 @@ ROWS = [
     {"pretext"},
     {"tokenset"},
     {"learner"},
+    {"noisy"},
     {"method", "prefix"},
     {"methods", "initial"},
     {"record"},
     {"federation"},
     {"consistency"},
     {"report", "verdicts", "export", "listing", "config"},
-    {"examination", "fingerprint", "opening", "arguments"},
+    {"pretrain", "examination", "fingerprint", "opening", "arguments"},
+    {"predict_volumes"},
     {"job", "track", "demo", "progress"},
     {"compare", "predict", "verify", "doctor"},
-    {"onboard", "ranks", "consortium", "watch"},
+    {"onboard", "ranks", "consortium", "watch", "anonymise", "audits", "forgetting"},
     {"flower"},
+    {"console"},
     {"commands"},
     {"cli"},
     {"__init__", "__main__"},
@@ -56,13 +59,24 @@ HOMES = {
     "prometheus_client": {"watch/"},
     "starlette": {"watch/", "flower/front.py"},
     "uvicorn": {"watch/", "flower/front.py"},
-    "typer": {"cli.py", "commands.py", "consortium/commands.py", "watch/commands.py", "flower/commands.py"},
+    "typer": {
+        "cli.py",
+        "console.py",
+        "commands.py",
+        "anonymise/commands.py",
+        "audits/commands.py",
+        "consortium/commands.py",
+        "watch/commands.py",
+        "flower/commands.py",
+        "forgetting/commands.py",
+    },
     "flwr": {"flower/"},
 }
 FORBIDDEN = {"yaml", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "os.system"}
 # What a method may know: its own tensors, and what `update` is given.
 OF_METHODS = {"tensors", "adapters", "backbones", "method", "errors", "learner", "methods", "tokenset", "seeds"}
+OF_METHODS |= {"privacy"}  # where noise comes from
 
 
 def unit(path: Path) -> str:

@@ -72,6 +72,9 @@ def test_every_rule_refuses_with_its_own_code() -> None:
     assert refusal(Policy(least_examples=101), plain) == "policy-examples"
     assert refusal(Policy(secure_aggregation=True), plain) == "policy-secure"
     assert refusal(Policy(differential_privacy=True), plain) == "policy-privacy"
+    noisy = experiment(train={"balance": "none"}, privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5})
+    check(Policy(differential_privacy=True, most_epsilon=8.0), noisy, examples=100)
+    assert refusal(Policy(differential_privacy=True, most_epsilon=7.9), noisy) == "policy-privacy"
     hidden = experiment(secure={"aggregation": True}, gate={"norm": 0.0, "factor": 0.0})
     silent = experiment("local", controls=())
     for asked in (hidden, silent):

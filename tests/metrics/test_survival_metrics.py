@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from confrere.errors import DataError
 from confrere.metrics.bootstrap import draw
-from confrere.metrics.kaplan_meier import censoring, d_calibration, kaplan_meier, survival_calibration
+from confrere.metrics.kaplan_meier import (
+    FEWEST,
+    POINTS,
+    censoring,
+    d_calibration,
+    few_times,
+    grouped_curves,
+    kaplan_meier,
+    survival_calibration,
+)
 from confrere.metrics.survival import (
     HEADLINE,
     antolini,
@@ -207,7 +216,10 @@ def test_output_is_strict_json_with_values_inside_their_intervals(seed, n, event
         assert (low is None) == (high is None)
         if low is not None:
             assert 0 <= low <= value <= high
-    assert sum(group["n"] for group in out["calibration"]) == out["n"] == n
+    assert out["n"] == n
+    assert sum(group["n"] for group in out["calibration"]) == (n if n >= FEWEST else 0)
+    assert all(group["n"] >= FEWEST for group in (*out["calibration"], *out["curves"]))
+    assert all(at_risk >= FEWEST for at_risk in out["kaplan_meier"]["at_risk"])
 
 
 def test_a_good_model_is_better_than_a_bad_one_and_its_interval_says_so():
@@ -238,7 +250,7 @@ def test_all_censored_one_patient_and_nobody():
     t, e, rates = sample(0, 12, events=0.0)
     out = judged(t, e, rates)
     assert out["harrell"] == out["uno"] == out["antolini"] == out["auc"] == {"value": None, "low": None, "high": None}
-    assert out["kaplan_meier"]["survival"] == [1.0, 1.0, 1.0]
+    assert set(out["kaplan_meier"]["survival"]) == {1.0}
     assert "No event" in out["notes"][0]
     one = judged(np.array([3.0]), np.array([1]), np.array([1.0]))
     assert one["harrell"]["value"] is None
@@ -289,9 +301,41 @@ def test_d_calibration_by_hand():
 
 
 def test_equal_predictions_make_one_group():
-    found = survival_calibration(np.full(9, 0.4), np.arange(1.0, 10.0), np.ones(9, bool), 5.0)
+    found = survival_calibration(np.full(40, 0.4), np.arange(1.0, 41.0), np.ones(40, bool), np.arange(40), 5.0)
     assert len(found) == 1
-    assert found[0]["observed"] == pytest.approx(4 / 9)
+    assert found[0]["observed"] == pytest.approx(35 / 40)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**31), n=st.integers(0, 90), patients=st.integers(1, 90))
+def test_no_curve_that_leaves_a_site_is_about_fewer_than_ten_patients(seed, n, patients):
+    t, e, rates = sample(seed, n)
+    whose = np.random.default_rng(seed).integers(0, patients, n)
+    at = np.linspace(0.5, 8.0, 16)
+    predicted = curves_of(rates)(at)
+    found = grouped_curves(predicted, t, e, whose, at)
+    rank, counted = predicted.mean(1), 0
+    for group in found:  # the highest risk first: the next n by rank
+        inside = np.argsort(rank, kind="stable")[counted : counted + group["n"]]
+        counted += group["n"]
+        assert group["patients"] == len(set(whose[inside])) >= FEWEST
+        assert 1 <= len(group["times"]) <= POINTS
+        assert all(len(set(whose[inside][t[inside] >= when])) >= FEWEST for when in group["times"])
+        seen = kaplan_meier(t[inside], e[inside], np.array(group["times"]))
+        assert group["observed"] == seen["survival"]
+        assert group["low"] == seen["low"]
+        assert group["predicted"] == pytest.approx(predicted[inside][:, np.isin(at, group["times"])].mean(0))
+    assert counted in (0, n)
+    if len(set(whose[t >= at[0]])) >= FEWEST:
+        assert found, "a whole site of enough patients is one group"
+
+
+def test_few_times_are_spread_over_those_with_enough_patients():
+    t = np.repeat([2.0, 6.0, 9.0], 10)
+    at, everybody = np.arange(1.0, 11.0), np.arange(30)
+    assert few_times(at, t, everybody).tolist() == [1.0, 3.0, 5.0, 7.0, 9.0]
+    assert few_times(at, t, everybody // 2).tolist() == [1.0, 2.0, 4.0, 5.0, 6.0]
+    assert few_times(at, t, everybody // 10).tolist() == []
 
 
 def test_patients_are_drawn_and_not_their_records():

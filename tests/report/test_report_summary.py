@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ def test_a_full_run_has_every_section(tmp_path: Path) -> None:
     assert summary["failures"][0]["site"] == "vienna_dias"
     assert summary["traffic"]["total"]["sent_bytes"] == 4 * 14 * 594_432
     json.dumps(summary, allow_nan=False)
+
+
+def test_audits_are_shown_as_they_were_written(tmp_path: Path) -> None:
+    lira, rmia = summarize(runs.make_run(tmp_path))["audits"]
+    assert (lira["name"], rmia["name"]) == ("lira", "rmia")
+    assert (lira["bounded"], rmia["bounded"]) == (False, True)
+    assert [(group["model"], group["at"]) for group in lira["main"]] == [
+        (model, "all hospitals") for model in ("general", "update", "personalised")
+    ]
+    assert [group["rows"][0]["finding"] for group in lira["main"]] == ["not found", "unclear", "found"]
+    assert rmia["main"][2]["rows"][0]["said"] == "more than the guarantee allows"
+    assert len(lira["others"]) == 3 * 4
+    shutil.rmtree(tmp_path / "audits")
+    summary = summarize(tmp_path)
+    assert summary["audits"] == []
+    assert [item["section"] for item in summary["omitted"]] == ["What attacks learn of patients"]
 
 
 def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""LoRA dropout whose randomness has an address."""
+"""Randomness inside a network, with an address: LoRA dropout, and numbers that a network draws to train."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from confrere.seeds import torch_generator
 
 
 class SeededDropout(nn.Module):
@@ -24,3 +26,17 @@ class SeededDropout(nn.Module):
         bits = words.view(torch.int16)[: values.numel()].view(values.shape)
         mask = (bits >= self.dropped - 32768).to(values).mul_(65536 / (65536 - self.dropped))
         return values * mask
+
+
+class Chance(SeededDropout):
+    """Numbers from the generator of a training step; the same ones for every image where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def forward(self, like: Tensor) -> Tensor:
+        """Return uniform numbers of the shape of ``like``."""
+        if self.generator is None:
+            one = torch.rand(like.shape[1:], generator=torch_generator(0, "evaluation"))
+            return one.expand(like.shape).to(like)
+        return torch.rand(like.shape, generator=self.generator).to(like)

@@ -5,6 +5,7 @@ Shapes: B images, N tokens (class and register tokens first, then the patches ro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,13 +33,13 @@ class Anatomy:
     ``blocks_path`` is None for an architecture that cannot be cut: then ``whole`` maps normalised images
     (B, 3, H, W) to features (B, F) and nothing is cached before it. ``accept`` turns what is no image, e.g. rows of
     numbers, into tensors (None: images are normalised). ``trained`` names the weights of a network that is trained
-    whole; it has no adapters.
+    whole, which has no adapters; ``draw`` gives a copy of it first values (None: see :meth:`drawn`).
     """
 
     root: nn.Module
     family: str
     width: int
-    patch: tuple[int, int]
+    patch: tuple[int, ...]
     blocks_path: str | None = None
     embed: Callable[[Tensor], Tensor] | None = None
     norm: nn.Module | None = None
@@ -50,6 +51,7 @@ class Anatomy:
     accept: Callable[[Any], Tensor] | None = None
     qv: str = r"attention\.(q_proj|v_proj)"
     trained: tuple[str, ...] = ()
+    draw: Callable[[nn.Module, torch.Generator], None] | None = None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -86,6 +88,10 @@ class Anatomy:
 
     def drawn(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Return first values of what is ``trained``: Glorot's for matrices, small normal tokens, no biases."""
+        if self.draw is not None:
+            root = copy.deepcopy(self.root)
+            self.draw(root, generator)
+            return {name: value.detach().clone() for name, value in root.named_parameters() if name in self.trained}
         values, parts = {}, dict(self.root.named_parameters())
         for name in self.trained:
             shape = parts[name].shape

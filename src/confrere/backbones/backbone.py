@@ -63,7 +63,7 @@ class Backbone:
         *,
         digest: str,
         depth: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         sizes: Mapping[str, tuple[int, int]],
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
@@ -99,10 +99,9 @@ class Backbone:
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(self.device)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Return how many patches an image has, (rows, columns)."""
-        height, width = (side // part for side, part in zip(self.image_size, self.anatomy.patch, strict=True))
-        return height, width
+    def grid(self) -> tuple[int, ...]:
+        """Return how many patches an image has, (rows, columns); of a volume its voxels."""
+        return tuple(side // part for side, part in zip(self.image_size, self.anatomy.patch, strict=True))
 
     @property
     def anatomy(self) -> Anatomy:

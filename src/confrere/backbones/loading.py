@@ -31,7 +31,8 @@ def load(
     *,
     lora: LoraSpec,
     depth: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, ...] | None = None,
+    patch: tuple[int, int, int] | None = None,
     pool: Pool | None = None,
     sha256: str | None = None,
     device: str = "cpu",
@@ -45,7 +46,8 @@ def load(
             (both read by timm); or a local folder with ``config.json`` and ``*.safetensors``.
         lora: slots, adapted blocks and layers.
         depth: keep the first ``depth`` blocks (default all); the final norm stays.
-        image_size: pixels, one side or (height, width); must be multiples of the patch size.
+        image_size: pixels, one side or (height, width), multiples of the patch size; of volumes (X, Y, Z) voxels.
+        patch: voxels along each axis of what a network for volumes is trained on and looks through (default: all).
         pool: the class token, the mean patch, or both side by side (default: the model's own).
         sha256: refuse weights with another digest.
         device: a torch device.
@@ -61,11 +63,11 @@ def load(
         raise BackboneError(
             "no such CUDA device is there", where=f"device {device}", fix="use device = 'cpu'", code="no-such-device"
         )
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    loaded = _read(str(name), size, task)
+    given = (image_size, image_size) if isinstance(image_size, int) else image_size
+    loaded = _read(str(name), given, task, patch)
     _check_digest(loaded, sha256)
     known = replace(loaded.entry, pool=pool or loaded.entry.pool)
-    size = size or known.input_size or (224, 224)
+    size = given or known.input_size or (224, 224)
     return _build(replace(loaded, entry=known), lora, depth, size, device, precision, task)
 
 
@@ -73,13 +75,13 @@ def _build(
     loaded: Loaded,
     spec: LoraSpec,
     depth: int | None,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     device: str,
     precision: Precision,
     task: Task,
 ) -> Backbone:
     anatomy, known = loaded.anatomy, loaded.entry
-    if task.dense and not anatomy.blocks_path:
+    if task.dense and not anatomy.blocks_path and not anatomy.trained:
         what, fix = f"{task.name} needs a model with patch tokens", "use a vision transformer"
         raise BackboneError(what, where=known.name, fix=fix, code="backbone-unsupported")
     if task.target == "image" and not anatomy.trained:
@@ -113,7 +115,7 @@ def _build(
     )
 
 
-def _read(name: str, size: tuple[int, int] | None, task: Task) -> Loaded:
+def _read(name: str, given: tuple[int, ...] | None, task: Task, patch: tuple[int, int, int] | None) -> Loaded:
     from confrere.backbones import hub, mlp, packaged, pretraining
 
     if not name.isprintable() or len(name) > 1024:
@@ -123,6 +125,14 @@ def _read(name: str, size: tuple[int, int] | None, task: Task) -> Loaded:
             fix="see `confrere backbones`",
             code="unknown-backbone",
         )
+    if name in REGISTRY and REGISTRY[name].kind == "volumes":
+        from confrere.backbones import volumetric
+
+        return volumetric.windowed(entry(name), given, patch, task)
+    if given is not None and len(given) != 2:
+        fix = "use unet, unetr or swinunetr for volumes"
+        raise BackboneError("it reads flat images", where=name, fix=fix, code="backbone-image-size")
+    size = None if given is None else (given[0], given[1])
     if name not in REGISTRY:
         if name.startswith("hf:"):
             return hub.transformers_hub(name, name.removeprefix("hf:"), size)
@@ -155,8 +165,8 @@ def _check_digest(loaded: Loaded, sha256: str | None) -> None:
             )
 
 
-def _check_size(size: tuple[int, int], patch: tuple[int, int], name: str) -> None:
-    if len(size) != 2 or min(size) < 1 or any(side % part for side, part in zip(size, patch, strict=True)):
+def _check_size(size: tuple[int, ...], patch: tuple[int, ...], name: str) -> None:
+    if len(size) != len(patch) or min(size) < 1 or any(side % part for side, part in zip(size, patch, strict=True)):
         near = tuple(max(part, round(side / part) * part) for side, part in zip(size, patch, strict=True))
         raise BackboneError(
             f"image size {size[0]}x{size[1]} is not a multiple of the patch size {patch[0]}x{patch[1]}",
@@ -170,7 +180,7 @@ def _check_size(size: tuple[int, int], patch: tuple[int, int], name: str) -> Non
 
 def _check_depth(depth: int | None, total: int, spec: LoraSpec, name: str) -> int:
     if total == 0:
-        if depth is not None:
+        if depth:  # 0 is what is recorded of such a model
             raise BackboneError(
                 "this architecture cannot be cut in depth", where=name, fix="leave depth out", code="backbone-depth"
             )

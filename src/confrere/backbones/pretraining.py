@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812  as in PyTorch's own documentation
 
-from confrere.adapters.dropout import SeededDropout
+from confrere.adapters.dropout import Chance
 from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.augmentation import two_views
 from confrere.backbones.loading import Loaded
 from confrere.backbones.quiet import quiet
 from confrere.backbones.registry import Entry
 from confrere.errors import BackboneError
-from confrere.seeds import torch_generator
 from confrere.tasks.pretext import Contrast, Reconstruction
 from confrere.tasks.task import Task
 from confrere.tensors import Tensors
@@ -35,20 +34,6 @@ from confrere.tensors import Tensors
 ENCODER = "encoder."
 _FIXED = ("position_embeddings", "decoder_pos_embed")
 """Sines and cosines, which are not trained: an average would let them drift."""
-
-
-class _Chance(SeededDropout):
-    """Numbers from the generator of a training step; the same ones for every image where there is none."""
-
-    def __init__(self) -> None:
-        super().__init__(0.0)
-
-    def forward(self, like: Tensor) -> Tensor:
-        """Return uniform numbers of the shape of ``like``."""
-        if self.generator is None:
-            one = torch.rand(like.shape[1:], generator=torch_generator(0, "evaluation"))
-            return one.expand(like.shape).to(like)
-        return torch.rand(like.shape, generator=self.generator).to(like)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -72,7 +57,7 @@ class MaskedAutoencoder(nn.Module):
             decoder_intermediate_size=4 * width,
         )
         net = ViTMAEForPreTraining(made)
-        self.encoder, self.decoder, self.chance = net.vit, net.decoder, _Chance()
+        self.encoder, self.decoder, self.chance = net.vit, net.decoder, Chance()
         self.patch, self.normalised = int(config["patch_size"]), task.normalised
 
     def forward(self, images: Tensor) -> Tensor:
@@ -114,7 +99,7 @@ class ContrastiveEncoder(nn.Module):
         self.predictor = nn.Sequential(
             nn.Linear(out, 2 * out), nn.LayerNorm(2 * out), nn.GELU(), nn.Linear(2 * out, out)
         )
-        self.chance, self.task = _Chance(), task
+        self.chance, self.task = Chance(), task
         self._of: torch.Generator | None = None
         self._slow: dict[str, Tensor] = {}
 

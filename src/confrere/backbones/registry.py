@@ -8,7 +8,9 @@ from typing import Literal
 
 from confrere.errors import BackboneError
 
-Kind = Literal["package", "transformers", "timm", "folder", "test", "numbers", "untrained"]
+Kind = Literal["package", "transformers", "timm", "folder", "test", "numbers", "untrained", "volumes"]
+WHOLE: tuple[Kind, ...] = ("untrained", "volumes")
+"""Networks without weights of their own, which are trained whole."""
 Pool = Literal["cls", "mean", "cls+mean"]
 Triple = tuple[float, float, float]
 
@@ -138,6 +140,16 @@ _ENTRIES = (
         depth=3,
         width=32,
         note="A tiny vision transformer with random weights, for tests only: its features mean nothing.",
+    ),
+    *(
+        Entry(
+            name=name,
+            kind="volumes",
+            source="nobody's weights yet",
+            licence="that of the volumes it is trained on",
+            note="A network for volumes, trained whole.",
+        )
+        for name in ("swinunetr", "unet", "unetr")
     ),
     Entry(
         name="mlp",

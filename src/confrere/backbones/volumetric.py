@@ -8,6 +8,7 @@ Shapes: B volumes of X x Y x Z voxels, C channels, K classes; a stage of an enco
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from confrere.adapters.dropout import Chance
+from confrere.backbones.anatomy import Anatomy
+from confrere.backbones.loading import Loaded
+from confrere.backbones.registry import Entry
 from confrere.backbones.volume_nets import Size, Unet, Unetr
+from confrere.data.patches import sliding
 from confrere.errors import BackboneError, ConfigError, MissingExtraError, nearest
+from confrere.seeds import torch_generator
+from confrere.tasks.task import Task
+from confrere.tasks.volume_segmentation import VolumeSegmentation
 
 NAMES = ("swinunetr", "unet", "unetr")
 
@@ -201,3 +210,76 @@ def _swin(channels: int, classes: int, width: int, heads: int, depth: int, windo
         window_size=window,
     )
     return net
+
+
+class Windowed(nn.Module):
+    """A network that trains on one random window of each volume, and looks at a whole one through many."""
+
+    def __init__(self, net: nn.Module, window: Size) -> None:
+        super().__init__()
+        self.net, self.window, self.chance = net, window, Chance()
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """Return the last maps, and 1 where the network looked (B, X, Y, Z, D + 1), of volumes (B, X, Y, Z, 1)."""
+        inputs = volumes.movedim(-1, 1)
+        if tuple(inputs.shape[2:]) == self.window:
+            maps, seen = self.net(inputs), inputs.new_ones(len(inputs), 1, *self.window)
+        elif self.chance.generator is None:
+            maps = sliding(self.net, inputs, self.window, overlap=0.25, batch_size=4)
+            seen = maps.new_ones(len(maps), 1, *maps.shape[2:])
+        else:
+            maps, seen = self._somewhere(inputs)
+        return torch.cat([maps, seen], 1).movedim(1, -1)
+
+    def _somewhere(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        room = [there - side + 1 for there, side in zip(inputs.shape[2:], self.window, strict=True)]
+        draws = self.chance(inputs.new_empty(len(inputs), 3, dtype=torch.float32)).tolist()
+        places = [
+            tuple(
+                slice(int(part * free), int(part * free) + side)
+                for part, free, side in zip(row, room, self.window, strict=True)
+            )
+            for row in draws
+        ]
+        found = self.net(
+            torch.stack([volume[(slice(None), *place)] for volume, place in zip(inputs, places, strict=True)])
+        )
+        maps = found.new_zeros(len(inputs), found.shape[1], *inputs.shape[2:])
+        seen = found.new_zeros(len(inputs), 1, *inputs.shape[2:])
+        for row, place in enumerate(places):
+            maps[(row, slice(None), *place)] = found[row]
+            seen[(row, slice(None), *place)] = 1
+        return maps, seen
+
+
+def windowed(entry: Entry, size: tuple[int, ...] | None, window: Size | None, task: Task) -> Loaded:
+    """Return a network of :data:`NAMES` for volumes of ``size``, without its last layer.
+
+    Raises:
+        BackboneError: no size, a window larger than the volume, one that the network does not take, or another task.
+    """
+    if not isinstance(task, VolumeSegmentation):
+        fix = 'use task="volume-segmentation"'
+        raise BackboneError("it segments volumes", where=entry.name, fix=fix, code="backbone-unsupported")
+    if size is None or len(size) != 3:
+        fix = "give data.volume.size, voxels along X, Y, Z"
+        raise BackboneError("it reads volumes", where=entry.name, fix=fix, code="backbone-image-size")
+    window = window or (size[0], size[1], size[2])
+    if any(side > there for side, there in zip(window, size, strict=True)):
+        fix = "give a smaller backbone.patch"
+        raise BackboneError("a patch is larger than a volume", where=entry.name, fix=fix, code="backbone-image-size")
+    net = build(entry.name, classes=1, size=window, generator=torch_generator(0, "volumes"))
+    name = output_name(net)
+    width = net.state_dict()[f"{name}.weight"].shape[1]
+    net.set_submodule(name, nn.Identity())
+    root = Windowed(net, window)
+    anatomy = Anatomy(
+        root=root,
+        family=entry.name,
+        width=width,
+        patch=(1, 1, 1),
+        whole=root,
+        trained=tuple(name for name, _ in root.named_parameters()),
+        draw=initialise,
+    )
+    return Loaded(anatomy, entry, hashlib.sha256(repr((entry.name, window)).encode()).hexdigest())

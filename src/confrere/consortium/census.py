@@ -41,6 +41,7 @@ def simulated(experiment: Experiment) -> list[str]:
         "attack.sites": experiment.attack.sites,
         "data.shift": experiment.data.shift,
         "data.partition": experiment.data.partition,
+        "privacy.noise_seed": experiment.privacy.noise_seed,
     }
     return [key for key, value in asked.items() if value]
 

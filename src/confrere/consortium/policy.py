@@ -38,9 +38,10 @@ least_examples = 20
 # Only take part where secure aggregation hides each site's update in the sum. Refusal: policy-secure.
 secure_aggregation = false
 
-# Only take part under differential privacy. Confrere has none yet, so true refuses every experiment.
-# Refusal: policy-privacy.
+# Only take part where this site hides its images or patients by noise of its own (privacy.unit, docs/privacy.md), with
+# a budget of at most so much epsilon (0: any). Refusal: policy-privacy.
 differential_privacy = false
+most_epsilon = 0.0
 
 # Whether test scores of this site (numbers, no predictions) may be sent. Refusal: policy-test.
 test_scores = true
@@ -61,7 +62,7 @@ class Policy(Part):
         backbones: name -> SHA-256 (hex) of the weights; None for every registered one.
         groups: what may leave, see :attr:`confrere.method.Method.sends`.
         most_rounds: of one experiment. least_examples: training images of this site.
-        secure_aggregation, differential_privacy: whether it is required.
+        secure_aggregation, differential_privacy: whether it is required. most_epsilon: largest budget then, 0 for any.
         test_scores: whether scores on this site's test split may be sent.
     """
 
@@ -72,6 +73,7 @@ class Policy(Part):
     least_examples: int = Field(default=20, ge=1)
     secure_aggregation: bool = False
     differential_privacy: bool = False
+    most_epsilon: float = Field(default=0.0, ge=0)
     test_scores: bool = True
 
     @field_validator("backbones")
@@ -125,9 +127,15 @@ def check(policy: Policy, experiment: Experiment, *, examples: int | None) -> No
     if policy.secure_aggregation and not experiment.secure.aggregation and any(method.sends for method in methods):
         what, fix = "the coordinator could read what the site sends", "set secure.aggregation=true, see docs/secure.md"
         raise _refusal(what, "secure_aggregation", code="policy-secure", fix=fix)
-    if policy.differential_privacy:
-        what = "the site takes part only under differential privacy, which Confrere does not have yet"
-        raise _refusal(what, "differential_privacy", code="policy-privacy")
+    if policy.differential_privacy and any(method.sends for method in methods):
+        chosen, most = experiment.privacy, policy.most_epsilon or float("inf")
+        if chosen.unit not in ("record", "patient") or not 0 < chosen.epsilon <= most:
+            what, fix = (
+                "the site takes part only where its own noise hides images",
+                "set privacy.unit and privacy.epsilon",
+            )
+            fix += f", at most {most:g}" if policy.most_epsilon else ""
+            raise _refusal(what, "differential_privacy", code="policy-privacy", fix=fix)
 
 
 def check_request(policy: Policy, request: Request) -> None:

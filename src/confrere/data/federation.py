@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from confrere.data import masks, numbers, partition, sheet, simulate, splits
+from confrere.data import boxes, findings, masks, numbers, partition, sheet, simulate
+from confrere.data.cache import decoded
 from confrere.data.dicom_checks import in_short
+from confrere.data.division import divided
 from confrere.data.images import Federation, SiteImages
 from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name
 from confrere.data.register import DUPLICATE, Registration, hash_rows, register, with_times
-from confrere.data.sources import Listing, read_listing
+from confrere.data.sources import Listing, names_of, read_listing, renamed
 from confrere.data.table import ALL, EVENTS
+from confrere.data.volumes import hash_volumes, placed, with_labels
 from confrere.errors import DataError
 
 __all__ = ["Federation", "SiteImages", "load_federation"]
@@ -59,18 +63,32 @@ def examine(
     """List, hash, deal out and decode: all that finds unusable files, which the registration names."""
     table = numbers.read_numbers(path, options) if numbers.holds_numbers(path, options) else None
     listing = _mapped(_chosen(table.listing if table else read_listing(path, options), only), options)
-    size = options.image_size or image_size
-    hashes, problems = table.hash_rows(listing) if table else hash_rows(listing.rows, max_pixels=options.max_pixels)
+    size, grid = options.image_size or image_size, options.volume
+    if table:
+        hashes, problems = table.hash_rows(listing)
+    else:
+        hashes, problems = (
+            hash_volumes(listing.rows) if grid else hash_rows(listing.rows, max_pixels=options.max_pixels)
+        )
     problems = [*listing.problems, *problems]
     how = listing.partition or options.partition
     if how is not None:
         hashes, problems = partition.deal(hashes, problems, how, seed=seed)
-    found = table.register(hashes) if table else register(hashes, problems, options, size, cache)
+    made = (
+        partial(placed, cache, grid=grid) if grid else partial(decoded, cache, size=size, max_pixels=options.max_pixels)
+    )
+    found = table.register(hashes) if table else register(hashes, problems, made)
     if options.target == "time":
         return listing, replace(found, sites=tuple(map(with_times, found.sites)))
     if options.target == "mask":
         names = options.classes or listing.classes or masks.DEFAULT_CLASSES
+        if grid:
+            return listing, with_labels(found, names, grid, cache)
         found = masks.with_masks(found, names, size, cache, max_pixels=options.max_pixels)
+    if options.target == "boxes":
+        found = boxes.with_boxes(found, boxes.names(listing, options), size, max_pixels=options.max_pixels)
+    if options.target == "labels":
+        found = findings.with_findings(found, findings.names(listing, options))
     return listing, found
 
 
@@ -82,15 +100,15 @@ def build(
     strata = classes = _classes(listing, registration, options)
     if options.target != "label":
         strata = tuple(sorted({row.label for site in registration.sites for row in site.rows}))
-    sites = _split(_arrays(registration, strata), registration, options, seed, stored)
+    sites = divided(_arrays(registration, strata), registration, options, seed, stored)
     counted, sites, said = simulate.simulate(sites, options.shift, strata, seed)
-    height, width = sites[0].images.shape[1:3]
+    shape = sites[0].images.shape  # of tables (N, 1, F), else with channels at the end
     federation = Federation(
         name=listing.name,
         classes=classes,
         strata=strata,
         sites=sites,
-        image_size=(height, width),
+        image_size=shape[1:] if len(shape) == 3 else shape[1:-1],
         synthetic=listing.synthetic,
         sheet=simulate.noted(_sheet(counted, registration, strata, options), said),
         digest=_digest(classes, sites),
@@ -118,16 +136,16 @@ def _mapped(listing: Listing, options: DataOptions) -> Listing:
     names = {**listing.class_map, **options.class_map}
     for name in names.values():
         check_class_name(name, where="class_map")
-    unused = sorted(set(names) - {row.label for row in listing.rows})
+    known = sorted({name for row in listing.rows for name in names_of(row)})
+    unused = sorted(set(names) - set(known))
     if unused:
         raise DataError(
             f"class_map names {unused[0]!r}, which no image has",
             where=listing.name,
-            fix=f"the classes in the data are {', '.join(sorted({row.label for row in listing.rows}))}",
+            fix=f"the classes in the data are {', '.join(known)}",
             code="classes",
         )
-    rows = tuple(replace(row, label=names[row.label]) if row.label in names else row for row in listing.rows)
-    return replace(listing, rows=rows)
+    return replace(listing, rows=tuple(renamed(row, names) for row in listing.rows) if names else listing.rows)
 
 
 def _refuse_unusable(registration: Registration, options: DataOptions) -> None:
@@ -161,6 +179,8 @@ def _classes(listing: Listing, registration: Registration, options: DataOptions)
     agreed = options.classes or listing.classes
     if options.target == "mask":
         return agreed or masks.DEFAULT_CLASSES
+    if options.target in ("boxes", "labels"):
+        return boxes.names(listing, options) if options.target == "boxes" else findings.names(listing, options)
     if options.target in ("time", "image"):
         return EVENTS if options.target == "time" else (ALL,)
     if agreed is not None:
@@ -201,49 +221,6 @@ def _arrays(registration: Registration, classes: tuple[str, ...]) -> list[SiteIm
             )
         )
     return sites
-
-
-def _split(
-    sites: list[SiteImages], registration: Registration, options: DataOptions, seed: int, stored: Path | None
-) -> tuple[SiteImages, ...]:
-    keys = [(site.name, digest) for site in sites for digest in site.digests]
-    rows = {
-        (files.name, f.digest): r
-        for files in registration.sites
-        for f, r in zip(files.entry.facts, files.rows, strict=True)
-    }
-    groups = [int(group) for site in sites for group in site.groups]
-    if stored is not None and stored.exists():
-        chosen, where = splits.read_splits(stored, keys), stored.name
-    elif all(rows[key].split is not None for key in keys):
-        chosen, where = [splits.NAMES.index(rows[key].split or "train") for key in keys], "column split"
-    else:
-        chosen, where = _deal(sites, options, seed), "splits"
-    splits.check_groups(groups, chosen, where=where)
-    if stored is not None and not stored.exists():
-        splits.write_splits(stored, [(*key, split) for key, split in zip(keys, chosen, strict=True)])
-    flat = np.array(chosen, dtype=np.int8)
-    parts = np.split(flat, np.cumsum([len(site.labels) for site in sites])[:-1])
-    for site, part in zip(sites, parts, strict=True):
-        if not (part == splits.TRAIN).any():
-            raise DataError(
-                "no image is in train", where=f"site {site.name}", fix="change the split column", code="too-few-images"
-            )
-    return tuple(replace(site, split=part) for site, part in zip(sites, parts, strict=True))
-
-
-def _deal(sites: list[SiteImages], options: DataOptions, seed: int) -> list[int]:
-    """Split by group; a group's key is its smallest file hash, which no renaming or reordering changes."""
-    key: dict[int, str] = {}
-    members: dict[str, list[splits.Stratum]] = defaultdict(list)
-    for site in sites:
-        for group, digest in zip(site.groups.tolist(), site.digests, strict=True):
-            key[group] = min(key.get(group, digest), digest)
-    for site in sites:
-        for group, label in zip(site.groups.tolist(), site.labels.tolist(), strict=True):
-            members[key[group]].append((site.name, label))
-    result = splits.assign(members, val=options.val, test=options.test, seed=seed)
-    return [result[key[int(group)]] for site in sites for group in site.groups]
 
 
 def _sheet(

@@ -22,13 +22,15 @@ class SiteImages:
 
     Attributes:
         name: 1 to 64 of ``a-z 0-9 _ -``.
-        images: (N, H, W, 3) uint8, mapped from disk; index it with an integer array. Of a table: (N, 1, F) float32.
+        images: (N, H, W, 3) uint8, mapped from disk; index it with an integer array. Of a table: (N, 1, F) float32; of
+            volumes (N, X, Y, Z, 1) float32.
         labels: (N,) int64, index into :attr:`Federation.strata`.
         groups: (N,) int64, opaque patient number, the same for a patient at every site.
         digests: SHA-256 of each file (of an image that a simulated shift changes: of both), hexadecimal.
         split: (N,) int8; 0 train, 1 validation, 2 test.
-        targets: what a model learns where that is not the label: masks (N, H, W) uint8, index into
-            :attr:`Federation.classes`; or time and event (N, 2) float32. ``target_digests``: one a row.
+        targets: what a model learns where that is not the label: masks (N, H, W) or (N, X, Y, Z) uint8, index into
+            :attr:`Federation.classes`; boxes (N, most, 5) float32, see :mod:`confrere.data.boxes`; findings (N, K)
+            float32, 1, 0 or -1 (not known); or time and event (N, 2) float32. ``target_digests``: one a row.
     """
 
     name: str
@@ -56,9 +58,9 @@ class Federation:
         name: shown in reports.
         classes: names of what a model tells apart.
         strata: names, in the order of the labels, by which images are split and drawn: the classes, but of other
-            targets what their images are called, or whether there was an event.
+            targets what their images are called, their rarest finding, or whether there was an event.
         sites: by name.
-        image_size: (height, width) in pixels; (1, F) of a table of F numbers a row.
+        image_size: (height, width) in pixels; (1, F) of a table of F numbers a row; (X, Y, Z) of volumes.
         synthetic: generated, not from patients.
         sheet: the data sheet, JSON-able, without names of files or patients.
         digest: SHA-256 over classes, sites, file hashes, labels, groups and splits.
@@ -68,7 +70,7 @@ class Federation:
     classes: tuple[str, ...]
     strata: tuple[str, ...]
     sites: tuple[SiteImages, ...]
-    image_size: tuple[int, int]
+    image_size: tuple[int, ...]
     synthetic: bool
     sheet: dict[str, Any]
     digest: str
@@ -76,7 +78,7 @@ class Federation:
     @property
     def tabular(self) -> bool:
         """Return whether the sites hold rows of numbers."""
-        return self.sites[0].images.dtype != np.uint8
+        return len(self.sites[0].images.shape) == 3
 
     def site(self, name: str) -> SiteImages:
         """Return the site called ``name``.

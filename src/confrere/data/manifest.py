@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 class _Head(_Strict):
     name: str = Field(min_length=1, max_length=100)
-    task: Literal["classification", "segmentation", "survival"] = "classification"
+    task: Literal["classification", "multi-label", "segmentation", "detection", "survival"] = "classification"
     classes: tuple[str, ...] | None = Field(default=None, min_length=2)
     synthetic: StrictBool = False
 
@@ -44,7 +44,7 @@ class _Manifest(_Strict):
     partition: Partition | None = None
 
 
-def read_manifest(path: Path, *, target: Target = "label") -> Listing:
+def read_manifest(path: Path, *, target: Target = "label", volumes: bool = False) -> Listing:
     """List the files that a ``federation.toml`` names; its paths are relative to it and stay below it.
 
     ``[[site]]`` gives ``name`` and ``path``, a folder of classes or a table; instead of sites, ``[pool]``
@@ -63,12 +63,12 @@ def read_manifest(path: Path, *, target: Target = "label") -> Listing:
             code="federation-file",
         )
     if manifest.pool is not None and manifest.partition is not None:
-        parts = [_read_pool(root, manifest.pool.path, manifest.partition, path.name, target)]
+        parts = [_read_pool(root, manifest.pool.path, manifest.partition, path.name, target, volumes)]
     else:
         names = [check_site_name(site.name, where=path.name) for site in manifest.site]
         if len(set(names)) < len(names):
             raise DataError("two sites have the same name", where=path.name, fix="rename one", code="federation-file")
-        parts = [_read_site(root, site, path.name, target) for site in manifest.site]
+        parts = [_read_site(root, site, path.name, target, volumes) for site in manifest.site]
     head = manifest.federation
     for name in head.classes or ():
         check_class_name(name, where=path.name)
@@ -116,14 +116,14 @@ def _hint(location: tuple[int | str, ...]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(model.model_fields)}"
 
 
-def _read_site(root: Root, site: _Site, where: str, target: Target) -> Listing:
+def _read_site(root: Root, site: _Site, where: str, target: Target, volumes: bool) -> Listing:
     path = _resolve(root, site.path, f"{where}, site {site.name}")
     if path.is_dir():
-        return folder.read_site(path, site.name, target=target)
+        return folder.read_site(path, site.name, target=target, volumes=volumes)
     return table.read_table(path, site=site.name, target=target)
 
 
-def _read_pool(root: Root, name: str, how: Partition, where: str, target: Target) -> Listing:
+def _read_pool(root: Root, name: str, how: Partition, where: str, target: Target, volumes: bool) -> Listing:
     path = _resolve(root, name, where)
     if not path.is_dir():
         return table.read_table(path, pooled=True, column=how.column, target=target)
@@ -134,7 +134,7 @@ def _read_pool(root: Root, name: str, how: Partition, where: str, target: Target
             fix="give a table, or another by",
             code="federation-file",
         )
-    return folder.read_folder(path, pooled=True, target=target)
+    return folder.read_folder(path, pooled=True, target=target, volumes=volumes)
 
 
 def _resolve(root: Root, name: str, where: str) -> Path:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from confrere.data.cache import Fact, workers
 from confrere.data.decode import BadImageError, read_picture, values
 from confrere.data.mapped import Mapped, one_maker, open_sealed, sealed
-from confrere.data.register import Registration, SiteFiles
+from confrere.data.register import Registration, SiteFiles, only
 from confrere.data.sources import Problem, Row
 from confrere.data.view import View
 from confrere.errors import DataError
@@ -48,7 +48,7 @@ def with_masks(
     for site in registration.sites:
         pairs = list(zip(site.rows, site.entry.facts, strict=True))
         with ThreadPoolExecutor(workers()) as pool:
-            files = list(pool.map(lambda pair: _read(pair[0], max_pixels), pairs))
+            files = list(pool.map(lambda pair: read_mask(pair[0], max_pixels), pairs))
         read = [content if isinstance(content, bytes) else b"" for content in files]
         digests = [hashlib.sha256(content).hexdigest() for content in read]
         kept, good = _kept(site, read, digests, len(classes), size, cache)
@@ -57,23 +57,14 @@ def with_masks(
                 why = content if isinstance(content, str) else _decoded(content, fact, size, len(classes))
                 problems.append(Problem(site=site.name, name=row.name, reason=str(why)))
         rows = np.flatnonzero(good)
-        images, facts = site.entry.images, tuple(site.entry.facts[i] for i in rows)
-        chosen = images[rows] if isinstance(images, np.ndarray) else View(images, rows)
-        entry = replace(site.entry, images=chosen, facts=facts)
-        sites.append(
-            replace(
-                site,
-                rows=tuple(site.rows[i] for i in rows),
-                entry=entry,
-                targets=View(kept, rows),
-                target_digests=tuple(digests[i] for i in rows),
-            )
-        )
+        told = tuple(digests[i] for i in rows)
+        sites.append(replace(only(site, rows), targets=View(kept, rows), target_digests=told))
     ordered = tuple(sorted(problems, key=lambda p: (p.site, p.name, p.reason)))
     return replace(registration, sites=tuple(sites), problems=ordered)
 
 
-def _read(row: Row, max_pixels: int) -> bytes | str:
+def read_mask(row: Row, max_pixels: int) -> bytes | str:
+    """Return the bytes of a row's mask, or why there are none."""
     if row.mask is None:
         return NONE
     try:
@@ -82,8 +73,8 @@ def _read(row: Row, max_pixels: int) -> bytes | str:
         return f"mask: {error}" if row.mask.exists() else NONE
 
 
-def _decoded(content: bytes, fact: Fact, size: tuple[int, int], classes: int) -> NDArray[np.uint8] | str:
-    """Return a mask (H, W) cut as its image is, or why there is none."""
+def decoded_mask(content: bytes, fact: Fact, classes: int) -> NDArray[np.uint8] | str:
+    """Return a mask (height, width) of its image's size, of values 0..classes - 1, or why there is none."""
     try:
         found = values(content)
     except BadImageError as error:
@@ -94,7 +85,15 @@ def _decoded(content: bytes, fact: Fact, size: tuple[int, int], classes: int) ->
         found = found // 255
     if found.max() >= classes or found.min() < 0:
         return VALUES
-    upright = Image.fromarray(found.astype(np.uint8))
+    return found.astype(np.uint8)
+
+
+def _decoded(content: bytes, fact: Fact, size: tuple[int, int], classes: int) -> NDArray[np.uint8] | str:
+    """Return a mask (H, W) cut as its image is, or why there is none."""
+    found = decoded_mask(content, fact, classes)
+    if isinstance(found, str):
+        return found
+    upright = Image.fromarray(found)
     fitted = ImageOps.fit(upright, (size[1], size[0]), method=Image.Resampling.NEAREST)
     return np.asarray(fitted, dtype=np.uint8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confrere import intake
-from confrere.data.cache import Entry, decoded, workers
+from confrere.data.cache import Entry, workers
 from confrere.data.decode import EMPTY, LARGE, most_bytes, refusal
-from confrere.data.options import DataOptions
 from confrere.data.sources import Problem, Row
 from confrere.data.view import View
 
@@ -75,27 +74,21 @@ def _hash(path: Path, max_bytes: int) -> tuple[str, str]:
 
 
 def register(
-    hashes: Mapping[Row, str],
-    problems: Sequence[Problem],
-    options: DataOptions,
-    size: tuple[int, int],
-    cache: Path,
+    hashes: Mapping[Row, str], problems: Sequence[Problem], made: Callable[[Mapping[str, Path]], Entry]
 ) -> Registration:
     """Drop conflicts and repetitions, decode the rest, and number the patients.
 
     Args:
         hashes: from :func:`hash_rows`, with final sites and labels.
         problems: found so far; the result has these and the new ones.
-        options: ``max_pixels`` is used.
-        size: (height, width) in pixels.
-        cache: folder of decoded arrays.
+        made: decodes ``{hash: path}``.
     """
     found = list(problems)
     groups = number_groups(hashes)
     chosen = _once_a_site(_drop_conflicts(hashes, found), found)
     sites = []
     for name, files in sorted(chosen.items()):
-        entry = decoded(cache, {digest: row.path for digest, row in files.items()}, size, max_pixels=options.max_pixels)
+        entry = made({digest: row.path for digest, row in files.items()})
         found += [Problem(site=name, name=files[d].name, reason=why) for d, why in entry.bad.items()]
         rows = tuple(files[fact.digest] for fact in entry.facts)
         sites.append(SiteFiles(name=name, rows=rows, entry=entry))
@@ -106,6 +99,14 @@ def register(
         shared_pictures=_shared({site.name: {f.digest for f in site.entry.facts} for site in sites}),
         shared_patients=_shared({site.name: {r.patient for r in site.rows if r.patient} for site in sites}),
     )
+
+
+def only(site: SiteFiles, rows: NDArray[np.int64]) -> SiteFiles:
+    """Return a site with some of its images, without targets."""
+    images = site.entry.images
+    chosen = images[rows] if isinstance(images, np.ndarray) else View(images, rows)
+    entry = replace(site.entry, images=chosen, facts=tuple(site.entry.facts[i] for i in rows))
+    return replace(site, rows=tuple(site.rows[i] for i in rows), entry=entry)
 
 
 def with_times(site: SiteFiles) -> SiteFiles:

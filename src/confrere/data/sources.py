@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +12,18 @@ from confrere.data.paths import Root
 from confrere.errors import DataError
 
 SplitName = Literal["train", "val", "test"]
+Box = tuple[float, float, float, float, str]
+"""Left, top, right and bottom in pixels of the file, and the name of the class."""
+UNKNOWN = "?"
+"""Stands before the name of a finding of which nobody said whether it is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One labelled file. ``name`` is shown to the local user only; ``patient`` never leaves this package."""
+    """One labelled file. ``name`` is shown to the local user only; ``patient`` never leaves this package.
+
+    ``labels``: findings, sorted, where there may be several; ``label`` then holds them all.
+    """
 
     path: Path
     name: str
@@ -27,6 +34,8 @@ class Row:
     attribute: str | None = None
     mask: Path | None = None
     time: tuple[float, int] | None = None
+    labels: tuple[str, ...] | None = None
+    boxes: tuple[Box, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,24 @@ class Problem:
     site: str
     name: str
     reason: str
+
+
+def names_of(row: Row) -> tuple[str, ...]:
+    """Return the classes that a row names."""
+    if row.labels is not None:
+        return tuple(name.removeprefix(UNKNOWN) for name in row.labels)
+    return (row.label,) if row.boxes is None else tuple(box[4] for box in row.boxes)
+
+
+def renamed(row: Row, names: Mapping[str, str]) -> Row:
+    """Return a row whose classes go by other names."""
+    if row.boxes is not None:
+        return replace(row, boxes=tuple((*box[:4], names.get(box[4], box[4])) for box in row.boxes))
+    if row.labels is None:
+        return replace(row, label=names.get(row.label, row.label))
+    marks = [(name.startswith(UNKNOWN) * UNKNOWN, name.removeprefix(UNKNOWN)) for name in row.labels]
+    found = tuple(sorted({mark + names.get(name, name) for mark, name in marks}))
+    return replace(row, labels=found, label="|".join(found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +110,18 @@ def _listing(path: Path, options: DataOptions) -> Listing:
                 code="path-leaves-data",
             )
         if (path / "federation.toml").is_file():
-            return manifest.read_manifest(path / "federation.toml", target=options.target)
-        return folder.read_folder(path, pooled=options.partition is not None, target=options.target)
+            return manifest.read_manifest(
+                path / "federation.toml", target=options.target, volumes=options.volume is not None
+            )
+        return folder.read_folder(
+            path, pooled=options.partition is not None, target=options.target, volumes=options.volume is not None
+        )
     if not path.is_file():
         raise DataError(
             "there is no such folder or file", where=path.name, fix="check the path of the data", code="no-such-path"
         )
     if path.suffix.lower() == ".toml":
-        return manifest.read_manifest(path, target=options.target)
+        return manifest.read_manifest(path, target=options.target, volumes=options.volume is not None)
     if path.suffix.lower() == ".csv":
         how = options.partition
         column = how.column if how else None

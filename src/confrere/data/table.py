@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from confrere import intake
+from confrere.data.boxes import boxes_of
+from confrere.data.findings import findings_of
 from confrere.data.options import Target
 from confrere.data.paths import Root, check_class_name, site_id, slug
 from confrere.data.sources import Listing, Row, SplitName
@@ -20,14 +22,19 @@ SPLITS: dict[str, SplitName] = {"train": "train", "val": "val", "validation": "v
 MOST_BYTES, MOST_COLUMNS = 100_000_000, 10_000
 TARGETS: dict[Target, tuple[str, ...]] = {
     "label": ("label",),
+    "labels": ("labels",),
     "mask": ("mask",),
+    "boxes": ("boxes",),
     "time": ("time", "event"),
     "image": (),
 }
 ALL, EVENTS = "all", ("censored", "event")
 """What images without a label are called."""
+MAY_BE_EMPTY = ("labels", "boxes")
+"""Columns of which an empty cell says that there is nothing."""
 _SHOWN = 5
-_KNOWN = ("path", "label", "mask", "time", "event", "site", "patient", "lesion", "split", "file", "sha256")
+_KNOWN = ("path", "label", "labels", "mask", "boxes", "time", "event", "site", "patient", "lesion", "split")
+_OTHERS = ("file", "sha256")
 T = TypeVar("T")
 
 
@@ -41,13 +48,14 @@ def read_table(
         pooled: the rows name no site yet (a partition will).
         column: further column to keep, for a partition by attribute.
         site: all rows belong to this site and a ``site`` column is not read.
-        target: ``mask``: a column ``mask`` names every image's mask; ``time``: columns ``time`` and ``event``. Then
-            ``label`` may be missing, and only stratifies. ``image``: there may be labels, which are not read.
+        target: ``mask``: a column ``mask`` names every image's mask; ``boxes``: a column ``boxes``, or else ``mask``;
+            ``time``: columns ``time`` and ``event``. Then ``label`` may be missing, and only stratifies. ``labels``: a
+            column ``labels``, and ``label`` is not read. ``image``: there may be labels, which are not read.
 
     Raises:
         DataError: encoding, header, a missing column or cell, or a path that leaves the folder, by line.
     """
-    needed = ["path", *TARGETS[target]]
+    needed = ["path", *_of_target(path, target)]
     needed += ["site"] if not pooled and site is None else []
     needed += [column.strip().lower()] if column else []
     root = Root(path.parent)
@@ -62,6 +70,12 @@ def read_table(
             "only some rows have a split", where=path.name, fix="fill the column, or remove it", code="splits"
         )
     return Listing(name=slug(path.stem), rows=rows)
+
+
+def _of_target(path: Path, target: Target) -> tuple[str, ...]:
+    """Return the columns that hold the target: boxes may be drawn around masks."""
+    header = next(read_rows(path, ()), (0, dict[str, str]()))[1] if target == "boxes" else {}
+    return ("mask",) if "mask" in header and "boxes" not in header else TARGETS[target]
 
 
 def read_patients(path: Path) -> dict[str, str]:
@@ -89,13 +103,16 @@ def _row(
         raise ValueError("split is not train, val or test")
     time = time_of(cells) if target == "time" else None
     # Empty only where another target counts; events must not all fall into one split.
-    named = cells.get("label") if target != "image" else None
+    named = cells.get("label") if target not in ("image", "labels") else None
     label = check_class_name(named or (EVENTS[int(time[1])] if time else ALL))
+    labels = findings_of(cells["labels"]) if target == "labels" else None
     return Row(
         path=root.join(cells["path"]),
         name=cells["path"],
         site="" if pooled else site if site is not None else site_id(cells["site"], seen),
-        label=label,
+        label=label if labels is None else "|".join(labels),
+        labels=labels,
+        boxes=boxes_of(cells["boxes"]) if target == "boxes" and "boxes" in cells else None,
         patient=cells.get("patient") or cells.get("lesion") or None,
         split=SPLITS[split] if split else None,
         mask=root.join(cells["mask"]) if cells.get("mask") else None,
@@ -123,7 +140,7 @@ def collect(path: Path, needed: list[str], make: Callable[[dict[str, str]], T]) 
     faults: list[str] = []
     for line, cells in read_rows(path, needed):
         try:
-            empty = [name for name in needed if not cells[name]]
+            empty = [name for name in needed if not cells[name] and name not in MAY_BE_EMPTY]
             if empty:
                 raise ValueError(f"{empty[0]} is empty")
             made.append(make(cells))
@@ -193,7 +210,7 @@ def _check_header(path: Path, header: list[str], needed: Iterable[str]) -> None:
 
 def _shown(header: list[str], name: str) -> str:
     """Return a name that this program knows, else its place: in a table without header it may be a patient's."""
-    return repr(name) if name in _KNOWN else f"the name of column {header.index(name) + 1}"
+    return repr(name) if name in (*_KNOWN, *_OTHERS) else f"the name of column {header.index(name) + 1}"
 
 
 def _too_wide(path: Path) -> DataError:

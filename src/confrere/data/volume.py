@@ -137,6 +137,26 @@ def prepared_labels(
     return _resampled(labels, old, spacing, size, order=0, pad=0)
 
 
+def restored(
+    labels: NDArray[np.uint8],
+    shape: tuple[int, ...],
+    old: tuple[float, float, float],
+    spacing: tuple[float, float, float],
+) -> NDArray[np.uint8]:
+    """Return labels of the grid of :func:`prepared` on a volume's own grid (shape), each that of the nearest voxel.
+
+    What the grid cut off is background. ``old`` is the spacing of the volume, ``spacing`` that of the grid.
+    """
+    places = []
+    for n, before, after, size in zip(shape, old, spacing, labels.shape, strict=True):
+        there = max(1, round(n * before / after))
+        at = (np.arange(n) - (n - 1) / 2) * before / after + (there - 1) / 2 + (size - there) // 2
+        places.append(np.floor(at + 0.5).astype(np.int64))
+    padded = np.pad(labels, 1)
+    inside = [np.clip(at + 1, 0, size + 1) for at, size in zip(places, labels.shape, strict=True)]
+    return np.ascontiguousarray(padded[np.ix_(*inside)])
+
+
 def _resampled(
     values: NDArray[Any],
     old: tuple[float, float, float],

@@ -28,6 +28,16 @@ NOT_COVERED = (
     "tuning, comparing settings, and other runs on the same data: each spends anew",
     "patients within a hospital, beyond what hiding the whole hospital gives",
 )
+NOT_COVERED_AT_SITES = (
+    "validation and test images: their metrics at the end, and the calibration of what a site takes home",
+    "how many images and patients each site has, which set weights and rate; classes, splits and data sheets",
+    "who took part, when, how long it took, and failures, in the journal",
+    "what a site takes home: its own adapter may be trained without noise",
+    "other images of the same patient, where the unit is one image; the same patient at another hospital",
+    "rounding: noise is added in double precision, which does not stop attacks on the last bits of floats",
+    "tuning, comparing settings, controls, and other runs on the same data: each spends anew",
+)
+NAMES = {"record": "one training image of a site", "patient": "all training images of one patient of a site"}
 CONDITION = "holds only against those who cannot know which hospitals were drawn: not against whoever holds the seed"
 
 
@@ -142,6 +152,62 @@ def budget_of(method: Method, federation: FederationChoice, privacy: PrivacyChoi
         what = f"one round alone has epsilon {first:.3g}, above the budget of {budget.limit:g}"
         raise ConfigError(what, where="privacy.epsilon", fix="raise method.sigma, or the budget", code="privacy")
     return budget
+
+
+def privacy_said(budget: Budget | None, method: Method, run: Run, sites: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``privacy`` of results.json, if anything was hidden: whole sites, or what each site says it hid.
+
+    Args:
+        budget: of whole sites, None without.
+        method: that was trained.
+        run: holds the debits of whole sites.
+        sites: results of every site, of which each may have a ledger of its own.
+    """
+    if budget is not None:
+        return {"privacy": budget.record(method, run)}
+    each = {name: entry.pop("privacy") for name, entry in sites.items() if isinstance(entry.get("privacy"), dict)}
+    return {"privacy": _of_sites(each)} if each else {}
+
+
+def _of_sites(each: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what all sites spent: sites hold different images, so that the largest epsilon holds for each of them."""
+    values = [number(said.get("epsilon")) for said in each.values()]
+    worst = None if None in values else max(value for value in values if value is not None)
+    units = sorted({str(said.get("unit")) for said in each.values()})
+    unit = " or ".join(NAMES.get(name, "unknown") for name in units)
+    seeded = any(said.get("seeded") is not False for said in each.values())
+    levels = {
+        key: [number(said.get(key)) for said in each.values()] for key in ("sigma", "rate", "steps", "clip", "delta")
+    }
+    span = {key: _span([v or 0.0 for v in found]) for key, found in levels.items()}
+    said = "no privacy" if worst is None else f"epsilon {worst:.2f} at delta {span['delta']}"
+    said += (
+        f"; unit: {unit}, added or removed, their number known; noise {span['sigma']} times the clip of "
+        f"{span['clip']}, Poisson sampling at rate {span['rate']}, {span['steps']} steps a site; PLD by dp-accounting"
+    )
+    if seeded:
+        said = f"Simulation, no privacy: who knows privacy.noise_seed takes the noise off again. Else: {said}"
+    return {
+        "unit": " or ".join(units),
+        "neighbours": "add-remove",
+        "epsilon": worst,
+        **{key: max(v or 0.0 for v in levels[key]) for key in ("delta", "sigma", "clip")},
+        "simulation": seeded,
+        "sites": dict(each),
+        "statement": said,
+        "not_covered": list(NOT_COVERED_AT_SITES),
+    }
+
+
+def _span(values: Sequence[float]) -> str:
+    ends = dict.fromkeys(f"{end:.4g}" for end in (min(values), max(values)))
+    return " to ".join(ends)
+
+
+def number(value: object) -> float | None:
+    """Return a finite number as it is, None for anything else that a site may say."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if fine else None  # type: ignore[arg-type]
 
 
 def debits_of(run: Run) -> list[dict[str, Any]]:

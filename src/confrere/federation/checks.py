@@ -166,3 +166,28 @@ def described(tensor: Tensor) -> str:
 def shown(text: object, most: int = 80) -> str:
     """Return a text from elsewhere as it may stand in a log: plain ASCII on one line, cut."""
     return re.sub(r"[^ -~]", "?", str(text)[:most])
+
+
+def check_payload(method: Method, site: str, round_: int, payload: State) -> None:
+    """Refuse a payload that holds a group the method does not declare, or a value that is not finite.
+
+    Raises:
+        UpdateRefusedError: naming site, round, group and tensor.
+    """
+    for group, tensors in payload.items():
+        where = f"site {site}, round {round_}, group {group}"
+        if group not in method.sends or group == "private":
+            raise UpdateRefusedError(
+                "a group that may not leave the site was about to be sent",
+                where=where,
+                fix=f"{method.name} may send only {', '.join(method.sends) or 'nothing'}",
+                code="group-not-declared",
+            )
+        if tensors and not torch.isfinite(torch.cat([value.flatten() for value in tensors.values()])).all():
+            name = next(name for name, value in tensors.items() if not torch.isfinite(value).all())
+            raise UpdateRefusedError(
+                "a tensor holds a value that is not finite",
+                where=f"{where}, {name}",
+                fix="lower train.lr",
+                code="update-values",
+            )

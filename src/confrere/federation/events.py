@@ -77,6 +77,7 @@ def site_record(request: Request, reply: Reply) -> dict[str, Any]:
         "loss": m.get("loss"),
         "reply": digest(reply.state),
         **stored_by(reply),
+        **({"spent": True} if m.get("spent") is True else {}),
         "examples": m["examples"],
         "sent_bytes": n_bytes(reply.state),
         "received_bytes": n_bytes(request.state),

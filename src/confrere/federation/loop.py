@@ -13,6 +13,7 @@ from confrere.federation.defence import Defence, combine
 from confrere.federation.diagnostics import round_diagnostics
 from confrere.federation.events import begun, brief, evaluation, failure, refused_records, site_record
 from confrere.federation.gate import Gate
+from confrere.federation.ledger import all_spent
 from confrere.federation.recovery import begin
 from confrere.federation.sampling import Sampling, sample
 from confrere.federation.selection import should_stop, stopped, tidy
@@ -82,7 +83,7 @@ def federate(
             run.append(spent)
             notify(spent)
             break
-        cohort = sample(willing_sites(transport, plan), plan.fraction, plan.seed, round_, plan.sampling)
+        cohort = sample(willing_sites(transport, plan), plan.fraction, plan.seed, round_, plan.sampling, plan.train)
         requests = ask("train", cohort, method, server, plan, round_)
         intent = begun(round_, server, requests)
         if newest != [intent]:  # else a process that was killed wrote it, and nothing more
@@ -90,6 +91,7 @@ def federate(
         newest = []
         server, events = one_round(method, server, requests, round_, transport, plan, gate, defence, run)
         reason = should_stop(method, [*journal, *events], round_, rounds=plan.rounds, patience=plan.patience)
+        reason = reason or all_spent(events[-1])
         if reason:
             events.insert(0, {"event": "stop", "round": round_, "reason": reason})
         run.commit(round_, server, *events)

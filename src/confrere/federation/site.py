@@ -14,10 +14,13 @@ from torch import Tensor
 from confrere.adapters.algebra import pairs
 from confrere.backbones import Backbone
 from confrere.errors import UpdateRefusedError
+from confrere.federation.checks import check_payload
 from confrere.federation.diagnostics import adapter_overlap
+from confrere.federation.ledger import Ledger
 from confrere.federation.secure.participant import Participant
 from confrere.learner import Learner, TrainSettings, predict, refuse_infinite
 from confrere.method import Method, Reply, Request
+from confrere.noisy import NoisyLearner
 from confrere.record.store import Store
 from confrere.seeds import numpy_generator
 from confrere.tasks.task import Answers
@@ -36,6 +39,7 @@ class Site:
         keep: called with the name of the model and its test predictions, which stay with the site.
         val_limit: at most so many validation images judge a round (a fixed subset); None for all.
         secure: masks every update; None sends it in the clear.
+        ledger: makes local steps noisy and debits them, so that images or patients stay hidden; None for no noise.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Site:
     keep: Callable[[str, Tensors], None] | None = None
     val_limit: int | None = None
     secure: Participant | None = None
+    ledger: Ledger | None = None
     _predicted: dict[bytes, tuple[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def handle(self, request: Request) -> Reply:
@@ -70,20 +75,15 @@ class Site:
         if stored is not None and self.method.admissible(stored.state, request.state):
             return replace(stored, run=request.run)
         started = time.perf_counter()
-        learner = Learner(
-            backbone=self.backbone,
-            data=self.data,
-            settings=self.settings,
-            seed=self.seed,
-            site=self.name,
-            round=request.round,
-            rounds=self.rounds,
-        )
+        learner = self._learner(request.round)
         payload, state = self.method.update(learner, request.state, self._state(request.round))
         check_payload(self.method, self.name, request.round, payload)
         metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
         params = self.method.personal({**request.state, **payload}, state)
         metrics["overlap"] = self._look(params)  # refuses what would break the average
+        if self.ledger is not None:
+            metrics |= {"overlap": None, "spent": self._spent_after(request.round)}
+            state = self.ledger.salted(state, self.name, request.round)
         metrics |= {"kept": digest(state), "stored": digest(payload)}
         reply = Reply(
             site=self.name, run=request.run, round=request.round, state=payload, weight=self.weight, metrics=metrics
@@ -95,20 +95,19 @@ class Site:
     def _evaluate(self, request: Request) -> Reply:
         params = self.params(request)
         if request.split == "test":
-            known, asked = (self._answers(params, self.data.rows(split)) for split in ("val", "test"))
+            fitted = np.concatenate([self.data.rows(split) for split in self.backbone.task.fitted_on])
+            known, asked = (self._answers(params, rows) for rows in (fitted, self.data.rows("test")))
             rng = numpy_generator(self.seed, "bootstrap", self.name)
             metrics, predictions = self.backbone.task.examine(known, asked, classes=self.data.classes, generator=rng)
             if self.keep is not None:
                 self.keep(request.model, predictions)
+            metrics |= {} if self.ledger is None else {"privacy": self.ledger.said()}
             return Reply(site=self.name, run=request.run, round=request.round, metrics=metrics)
-        rows = self.validation_rows()
-        score, confidence = self.backbone.task.judge(self._answers(params, rows)) if len(rows) else (None, None)
-        metrics = {
-            "score": score,
-            "confidence": confidence,
-            "examples": len(rows),
-            "overlap": self._look(params),
-        }
+        rows, hidden = self.validation_rows(), self.ledger is not None  # no budget covers judgements
+        judged = len(rows) and not hidden
+        score, confidence = self.backbone.task.judge(self._answers(params, rows)) if judged else (None, None)
+        overlap = None if hidden else self._look(params)
+        metrics = {"score": score, "confidence": confidence, "examples": len(rows), "overlap": overlap}
         return Reply(site=self.name, run=request.run, round=request.round, metrics=metrics)
 
     def params(self, request: Request) -> Tensors:
@@ -123,6 +122,31 @@ class Site:
         if self.val_limit is None or len(rows) <= self.val_limit:
             return rows
         return np.sort(numpy_generator(self.seed, "validation", self.name).permutation(rows)[: self.val_limit])
+
+    def _learner(self, round_: int) -> Learner:
+        """Return what trains in a round; where its steps are noisy, they are debited before."""
+        learner = Learner(
+            backbone=self.backbone,
+            data=self.data,
+            settings=self.settings,
+            seed=self.seed,
+            site=self.name,
+            round=round_,
+            rounds=self.rounds,
+        )
+        if self.ledger is None:
+            return learner
+        steps = self._noisy_steps(round_)
+        self.ledger.debit(round_, steps)
+        return NoisyLearner(**vars(learner), mechanism=self.ledger.mechanism, steps_left=steps)
+
+    def _noisy_steps(self, round_: int) -> int:
+        return self.method.noised(self.settings.steps, round_, self.rounds) or 0
+
+    def _spent_after(self, round_: int) -> bool:
+        """Return whether the budget covers no round after this one, of those that there are."""
+        steps = self._noisy_steps(round_ + 1)
+        return self.ledger is not None and round_ < self.rounds and self.ledger.exhausted(round_ + 1, steps)
 
     def _state(self, round_: int) -> State:
         kept = self.store.before(round_)
@@ -153,28 +177,3 @@ class Site:
                 logits = self.method.scores(self.backbone, params, batch.tokens)
         refuse_infinite(logits)
         return adapter_overlap(params, batch.inputs)
-
-
-def check_payload(method: Method, site: str, round_: int, payload: State) -> None:
-    """Refuse a payload that holds a group the method does not declare, or a value that is not finite.
-
-    Raises:
-        UpdateRefusedError: naming site, round, group and tensor.
-    """
-    for group, tensors in payload.items():
-        where = f"site {site}, round {round_}, group {group}"
-        if group not in method.sends or group == "private":
-            raise UpdateRefusedError(
-                "a group that may not leave the site was about to be sent",
-                where=where,
-                fix=f"{method.name} may send only {', '.join(method.sends) or 'nothing'}",
-                code="group-not-declared",
-            )
-        if tensors and not torch.isfinite(torch.cat([value.flatten() for value in tensors.values()])).all():
-            name = next(name for name, value in tensors.items() if not torch.isfinite(value).all())
-            raise UpdateRefusedError(
-                "a tensor holds a value that is not finite",
-                where=f"{where}, {name}",
-                fix="lower train.lr",
-                code="update-values",
-            )

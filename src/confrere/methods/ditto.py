@@ -34,6 +34,7 @@ class Ditto(TwoModels):
     that its site first receives. A site that never trained predicts with the global model.
     """
 
+    whole: ClassVar[bool] = True
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"lam": ("log", 1e-3, 1.0), "share": ("choice", 0.3, 0.5, 0.7)}
     also_keeps: ClassVar[tuple[str, ...]] = ("personal model: adapter and head",)
 

@@ -30,3 +30,7 @@ class FedBN(Method):
     def shared(self, name: str) -> bool:
         """Adapter and head are sent, norms never."""
         return slot_of(name) is not None or name.startswith("head.")
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return all steps: what is kept is trained by the same noisy steps."""
+        return steps

@@ -23,7 +23,7 @@ class FedIT(Method):
     optimiser in every round; local steps instead of local epochs.
     """
 
-    targets: ClassVar[tuple[str, ...]] = (*Method.targets, "image")
+    whole: ClassVar[bool] = True
 
     def noised(self, steps: int, round_: int, rounds: int) -> int | None:
         """Return all steps: what is sent is trained from what was received alone."""

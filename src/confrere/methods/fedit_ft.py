@@ -27,6 +27,7 @@ class FedITFineTuned(Method):
     Differences from the paper: fine-tuning is our addition, as in FLamby's ``fed_avg_fine_tuning``.
     """
 
+    whole: ClassVar[bool] = True
     also_keeps: ClassVar[tuple[str, ...]] = ("fine-tuned adapter and head",)
 
     finetune: float = 0.3
@@ -45,14 +46,19 @@ class FedITFineTuned(Method):
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train the shared adapter, or, in the last rounds, the site's own copy of it."""
-        fitted = learner.fit(self.personal(received, state))
-        if learner.round <= self.shared_rounds(learner.rounds):
+        together = learner.round <= self.shared_rounds(learner.rounds)
+        fitted = learner.fit(self.personal(received, state), released=together)
+        if together:
             return {"shared": fitted}, {"private": {}}
         return {}, {"private": fitted}
 
     def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
         """Return the adapter and head, and nothing in the last rounds."""
         return super().payload(params, received, round_, rounds) if round_ <= self.shared_rounds(rounds) else {}
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return all steps, and none in the last rounds, of which nothing is ever sent."""
+        return steps if round_ <= self.shared_rounds(rounds) else 0
 
     def may_stop(self, round_: int, rounds: int) -> bool:
         """Return whether fine-tuning has begun: judgements before say nothing of it."""

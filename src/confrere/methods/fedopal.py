@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -12,7 +13,8 @@ from confrere.adapters.algebra import average_products, named, pairs
 from confrere.adapters.orthogonality import REGULARISERS, ROUTES, penalty
 from confrere.errors import ConfigError
 from confrere.learner import Learner
-from confrere.method import Method, Reply, one_of, register
+from confrere.method import Reply, one_of, register
+from confrere.methods.turns import Turns, in_turn
 from confrere.tensors import State, Tensors
 from confrere.tokenset import Batch
 
@@ -24,7 +26,7 @@ from confrere.tokenset import Batch
     "SMASH 2025, arXiv 2510.12741",
 )
 @dataclass(frozen=True, kw_only=True)
-class FedOPAL(Method):
+class FedOPAL(Turns):
     """Train general (averaged) and personal (never sent) LoRA factors in one step, with a penalty on overlap.
 
     For an adapted layer of site k, with a scale s:  ``y = W0 x + b + s B_g A_g x + s B_k A_k x``  and
@@ -39,18 +41,16 @@ class FedOPAL(Method):
             the mean is exact) or ``svd`` (mean of the products B A, re-factored to the same rank).
         warmup: rounds before the term is switched on, >= 0: cosines say nothing while B is near zero.
         normalise: scale-free forms of the weight terms (cosines, mean over entries); False gives the raw sums.
+        training: ``joint``, or ``in-turn``: general adapter and head alone for half of the steps, then the personal
+            adapter, with the term. Where sites hide their images only the first half needs noise.
 
-    Differences from the paper: the paper has no public code and its text gives neither the formula of the
-    penalty, nor its weight, ranks, layers, head policy or backbone. All of these are our reconstruction. What is
-    the paper's: two adapters a site, one averaged and one personal, trained simultaneously, with an orthogonality
-    regulariser on weights or on representations. Optimiser states are fresh in every round.
+    Differences from the paper: it has no public code, and gives neither formula nor weight of the penalty, nor ranks,
+    layers, head policy or backbone: our reconstruction. The paper's: two adapters a site, one averaged and one
+    personal, trained simultaneously, with an orthogonality regulariser. Optimiser states are fresh in every round.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("general", "personal")
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "lam": ("log", 0.05, 5.0),
-        "head": ("choice", "shared", "local"),
-    }
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"lam": ("log", 0.05, 5.0), "head": ("choice", "shared", "local")}
 
     lam: float = 0.5
     regulariser: str = "W-B"
@@ -65,6 +65,7 @@ class FedOPAL(Method):
         one_of("method.routing", self.routing, ROUTES)
         one_of("method.head", self.head, ("shared", "local"))
         one_of("method.aggregation", self.aggregation, ("factor", "ffa", "svd"))
+        super().__post_init__()
         if not (0.0 <= self.lam < float("inf")) or self.warmup < 0:
             raise ConfigError("lam and warmup must not be negative", where="method", fix="lam=0.5 warmup=1")
 
@@ -78,7 +79,7 @@ class FedOPAL(Method):
         return self.head == "shared" if name.startswith("head.") else ".general." in name
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
-        """Take every local step on general, personal and head tensors together."""
+        """Take every local step on general, personal and head tensors together, or in turn."""
         active = self.regulariser != "none" and self.lam > 0 and learner.round > self.warmup
 
         def term(params: Tensors, batch: Batch) -> Tensor:
@@ -91,7 +92,8 @@ class FedOPAL(Method):
                 features=lambda alone: learner.features(alone, batch),
             )
 
-        fitted = learner.fit(
+        fit = partial(in_turn, learner) if self.training == "in-turn" else learner.fit
+        fitted = fit(
             self.personal(received, state),
             train=self.trains,
             penalty=term if active else None,
@@ -108,8 +110,7 @@ class FedOPAL(Method):
         averaged = super().aggregate(server, replies)
         if self.aggregation != "svd":
             return averaged
-        sent = [(reply.weight, reply.state["shared"]) for reply in replies]
-        merged = pairs(average_products(sent, "general"), "general")
+        merged = pairs(average_products([(r.weight, r.state["shared"]) for r in replies], "general"), "general")
         # A product of zero (no B has moved yet) factors into two zeros, which no gradient ever leaves.
         moved = {layer: pair for layer, pair in merged.items() if pair[1].any()}
         return {**averaged, "shared": {**averaged["shared"], **named(moved, "general")}}

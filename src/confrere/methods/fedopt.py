@@ -28,7 +28,7 @@ class FedAvgM(Method):
     Differences from the paper: adapters and a head; AdamW at the sites; the default ``server_lr`` is ours (1 there).
     """
 
-    targets: ClassVar[tuple[str, ...]] = (*Method.targets, "image")
+    whole: ClassVar[bool] = True
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"server_lr": ("log", 0.03, 1.0)}
 
     server_lr: float = 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from confrere.method import Method, register
 
@@ -23,6 +24,12 @@ class FedPer(Method):
     personal layer; AdamW instead of SGD.
     """
 
+    whole: ClassVar[bool] = True
+
     def shared(self, name: str) -> bool:
         """All but the head."""
         return not name.startswith("head.")
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return all steps: what is kept is trained by the same noisy steps."""
+        return steps

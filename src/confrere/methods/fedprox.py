@@ -31,6 +31,7 @@ class FedProx(Method):
     gradient with the task's, and a clip on the sum of both; a fixed number of local steps, no gamma-inexactness.
     """
 
+    whole: ClassVar[bool] = True
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"mu": ("log", 1e-3, 1.0)}
 
     mu: float = 0.01
@@ -47,3 +48,7 @@ class FedProx(Method):
             return self.mu / 2 * sq_dist(pick(params, lambda name: name in anchor), anchor)
 
         return self.split(learner.fit(self.personal(received, state), penalty=pull if self.mu > 0 else None))
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return all steps: the pull reads tensors alone."""
+        return steps

@@ -32,6 +32,7 @@ class FedRep(FedPer):
     training loss is that of the adapter's steps.
     """
 
+    whole: ClassVar[bool] = False
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"head_share": ("linear", 0.2, 0.8)}
 
     head_share: float = 0.5

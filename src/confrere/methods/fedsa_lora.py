@@ -28,3 +28,7 @@ class FedSALoRA(Method):
     def shared(self, name: str) -> bool:
         """Only A is sent."""
         return side_of(name) == "A"
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return all steps: what is kept is trained by the same noisy steps."""
+        return steps

@@ -36,3 +36,7 @@ class FFALoRA(Method):
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train B and the head."""
         return self.split(learner.fit(self.personal(received, state), train=self.shared))
+
+    def noised(self, steps: int, round_: int, rounds: int) -> int | None:
+        """Return all steps: what is sent is trained from what was received alone."""
+        return steps

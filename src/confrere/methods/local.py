@@ -16,7 +16,7 @@ class Local(Method):
 
     sends: ClassVar[tuple[str, ...]] = ()
     slots: ClassVar[tuple[str, ...]] = ("personal",)
-    targets: ClassVar[tuple[str, ...]] = (*Method.targets, "image")
+    whole: ClassVar[bool] = True
     unequal: ClassVar[bool] = True
     depths: ClassVar[bool] = True
 

@@ -37,7 +37,7 @@ class Mixing(Method):
     """
 
     slots: ClassVar[tuple[str, ...]] = ("general", "personal")
-    targets: ClassVar[tuple[str, ...]] = ("label", "time")
+    targets: ClassVar[tuple[str, ...]] = ("label", "labels", "time")
     also_keeps: ClassVar[tuple[str, ...]] = ("features of a few training images",)
     search: ClassVar[dict[str, tuple[Any, ...]]] = {
         "w_max": ("linear", 0.2, 0.8),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from confrere.errors import TrainingError
+from confrere.privacy.noise import normal
 from confrere.tensors import Tensors
+
+__all__ = ["clipped", "norm", "normal"]
 
 
 def norm(tensors: Tensors, start: Tensors | None = None) -> float:
@@ -35,13 +35,3 @@ def clipped(tensors: Tensors, start: Tensors, most: float) -> dict[str, Tensor]:
             sent[name] = (first + scale * (value.double() - first)).to(value.dtype)
         scale, less = scale * max(0.0, 1 - less), less * 4  # rounding may have added something
     return sent
-
-
-def normal(shape: Sequence[int], seeded: torch.Generator | None = None) -> Tensor:
-    """Return standard normal numbers in float64, by default from the operating system's entropy."""
-    if seeded is not None:
-        return torch.randn(shape, dtype=torch.float64, generator=seeded)
-    count = math.prod(shape)
-    bits = torch.frombuffer(bytearray(os.urandom(8 * count + 8)), dtype=torch.int64)[:count]
-    uniform = ((bits >> 11).double() + 0.5) * 2.0**-52  # in (-1, 1), symmetric
-    return (math.sqrt(2.0) * torch.erfinv(uniform)).reshape(tuple(shape))

@@ -16,5 +16,5 @@ class Pooled(Method):
     It takes as many steps a round as all sites take together, so it sees as many images as they do.
     """
 
-    targets: ClassVar[tuple[str, ...]] = (*Method.targets, "image")
+    whole: ClassVar[bool] = True
     pools: ClassVar[bool] = True

@@ -43,6 +43,7 @@ class Scaffold(Method):
     """
 
     sends: ClassVar[tuple[str, ...]] = ("shared", "control")
+    whole: ClassVar[bool] = True
     also_sends: ClassVar[tuple[str, ...]] = ("change of the control variate",)
 
     def init_server(self, params: Tensors) -> State:

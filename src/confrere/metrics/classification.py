@@ -32,6 +32,7 @@ from confrere.metrics.bootstrap import (
     ratio,
 )
 from confrere.metrics.calibration import bin_of
+from confrere.metrics.findings import auroc, check_findings
 
 BINS = 10
 
@@ -128,6 +129,9 @@ def check(
         DataError: shapes differ, a label is no class, or rows are not probabilities.
     """
     p, y, g = np.asarray(probabilities, np.float64), np.asarray(labels, np.int64), np.asarray(groups)
+    if p.ndim == y.ndim == 2:  # a probability for every finding
+        check_findings(p, y, g)
+        return p, y, g
     if p.ndim == 1:  # a value for every image, or a risk for every patient
         return _risks(p, np.asarray(labels, np.float64), g) if y.ndim == 2 else _values(p, y, g)
     if p.ndim != 2 or y.shape != p.shape[:1] or g.shape != y.shape or n_classes not in (None, p.shape[-1]):
@@ -192,23 +196,9 @@ def _samples(probabilities: Floats, labels: Ints, patient_N: Ints, weights: Floa
 
 def _auroc(probabilities: Floats, labels: Ints, patient_N: Ints, weights: Floats) -> Floats:
     """Return the macro one-versus-rest AUROC of each row of ``weights`` (R, P)."""
-    by_class = [_auroc_of(probabilities[:, k], labels == k, patient_N, weights) for k in range(probabilities.shape[1])]
+    of_images = weights[:, patient_N]
+    by_class = [auroc(probabilities[:, k], labels == k, of_images) for k in range(probabilities.shape[1])]
     return mean_defined(np.stack(by_class, axis=1))
-
-
-def _auroc_of(scores_N: Floats, is_class_N: np.ndarray, patient_N: Ints, weights: Floats) -> Floats:
-    """Return P(score of a member > score of another) + half P(equal), for each row of ``weights``."""
-    rest = np.flatnonzero(~is_class_N)
-    rest = rest[np.argsort(scores_N[rest], kind="stable")]
-    member_scores = scores_N[is_class_N]
-    # Cumulative weight of the others in ascending order: what lies below a score is a look-up.
-    below_RN = np.zeros((len(weights), len(rest) + 1))
-    np.cumsum(weights[:, patient_N[rest]], axis=1, out=below_RN[:, 1:])
-    less = below_RN[:, np.searchsorted(scores_N[rest], member_scores, side="left")]
-    less_or_equal = below_RN[:, np.searchsorted(scores_N[rest], member_scores, side="right")]
-    member_weights = weights[:, patient_N[is_class_N]]
-    wins = (member_weights * (less + less_or_equal)).sum(1) / 2
-    return ratio(wins, member_weights.sum(1) * below_RN[:, -1])
 
 
 def _ece(probabilities: Floats, labels: Ints, patient_N: Ints, weights: Floats) -> Floats:

@@ -15,9 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import chdtrc, ndtri
 
-from confrere.metrics.bootstrap import LEVEL, Floats, ratio
+from confrere.metrics.bootstrap import LEVEL, Floats, Ints, ratio
 
 Bools = NDArray[np.bool_]
+FEWEST = 10
+"""Patients that a group, and those still at risk at a time, have at least where a curve leaves its site."""
+POINTS = 5
+"""Times at most at which such a curve is looked at: between two of them nobody's own time shows."""
 
 
 def kaplan_meier(times_N: Floats, events_N: Bools, at_T: Floats | None = None) -> dict[str, list[float | None]]:
@@ -90,21 +94,72 @@ def censoring(times_N: Floats, events_N: Bools, weights_RN: Floats, at_T: Floats
 
 
 def survival_calibration(
-    predicted_N: Floats, times_N: Floats, events_N: Bools, horizon: float, groups: int = 5
+    predicted_N: Floats, times_N: Floats, events_N: Bools, patient_N: Ints, horizon: float
 ) -> list[dict[str, Any]]:
-    """Return predicted and observed survival at a horizon by quantile groups of the prediction, the worst first.
+    """Return predicted and observed survival at a horizon by up to five groups of the prediction, the worst first.
 
     Each group says ``n``, ``predicted`` (mean), ``observed`` (Kaplan-Meier) with ``low`` and ``high``; None where all
-    of a group were censored before. Equal predictions stay together, so there may be fewer groups.
+    of a group were censored before. See :func:`risk_groups` for how many there are.
     """
-    edges = np.quantile(predicted_N, np.arange(1, groups) / groups) if len(predicted_N) else np.zeros(0)
-    place = np.searchsorted(np.unique(edges), predicted_N, side="left")
     found = []
-    for group in np.unique(place):
-        inside = place == group
+    for inside in risk_groups(predicted_N, patient_N, 5):
         curve = kaplan_meier(times_N[inside], events_N[inside], np.array([horizon]))
         observed = {key: curve[name][0] for key, name in (("observed", "survival"), ("low", "low"), ("high", "high"))}
         found.append({"n": int(inside.sum()), "predicted": float(predicted_N[inside].mean()), **observed})
+    return found
+
+
+def risk_groups(predicted_N: Floats, patient_N: Ints, most: int) -> list[Bools]:
+    """Return the records (N,) of up to ``most`` groups of rising prediction, each of ``FEWEST`` patients or more.
+
+    Equal predictions stay together. Fewer patients make fewer groups, down to none.
+    """
+    for groups in range(min(most, len(predicted_N) // FEWEST), 0, -1):
+        edges = np.quantile(predicted_N, np.arange(1, groups) / groups)
+        place = np.searchsorted(np.unique(edges), predicted_N, side="left")
+        parts = [place == group for group in np.unique(place)]
+        if all(len(np.unique(patient_N[part])) >= FEWEST for part in parts):
+            return parts
+    return []
+
+
+def few_times(at_T: Floats, times_N: Floats, patient_N: Ints) -> Floats:
+    """Return up to ``POINTS`` of the times, evenly chosen from those when ``FEWEST`` patients or more are at risk."""
+    known = [at for at in at_T if len(np.unique(patient_N[times_N >= at])) >= FEWEST]
+    return np.asarray(known)[np.unique(np.linspace(0, len(known) - 1, min(POINTS, len(known))).round().astype(int))]
+
+
+def grouped_curves(
+    predicted_NT: Floats, times_N: Floats, events_N: Bools, patient_N: Ints, at_T: Floats
+) -> list[dict[str, Any]]:
+    """Return predicted and observed survival over time of up to three groups of risk, the highest risk first.
+
+    Args:
+        predicted_NT: survival at each time; their mean over time makes the groups, see :func:`risk_groups`.
+        times_N: of event or censoring.
+        events_N: whether the event was seen.
+        patient_N: whose record it is.
+        at_T: rising.
+
+    Returns:
+        by group ``n``, ``patients``, and at :func:`few_times` of the group ``times``, ``predicted`` (mean),
+        ``observed`` (Kaplan-Meier), ``low``, ``high``. There are as many groups as all have such a time.
+    """
+    rank = predicted_NT.mean(1)
+    for most in (3, 2, 1):
+        parts = risk_groups(rank, patient_N, most)
+        times = [few_times(at_T, times_N[inside], patient_N[inside]) for inside in parts]
+        if all(len(shown) for shown in times):
+            break
+    else:
+        return []
+    found = []
+    for inside, shown in zip(parts, times, strict=True):
+        curve = kaplan_meier(times_N[inside], events_N[inside], shown)
+        mean = predicted_NT[inside][:, np.searchsorted(at_T, shown)].mean(0)
+        group = {"n": int(inside.sum()), "patients": len(np.unique(patient_N[inside])), "times": shown.tolist()}
+        seen = {"observed": curve["survival"], "low": curve["low"], "high": curve["high"]}
+        found.append({**group, "predicted": mean.tolist(), **seen})
     return found
 
 

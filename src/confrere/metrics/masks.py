@@ -1,4 +1,4 @@
-"""Metrics of masks with 95 % intervals over patients.
+"""Metrics of masks, of images or volumes, with 95 % intervals over patients.
 
 Shapes: N images, K classes (0 is the background), H and W pixels, P patients. Every metric is computed for each image
 and class of the foreground that the image's mask holds, averaged over these classes, then over images.
@@ -33,8 +33,8 @@ def evaluate_masks(
     """Return the metrics, ready for JSON, and the Dice (N,) of every image (NaN without foreground in its mask).
 
     Args:
-        guess: (N, H, W) predicted classes.
-        truth: (N, H, W) true ones.
+        guess: (N, H, W) or (N, X, Y, Z) predicted classes.
+        truth: true ones, of that shape.
         groups: (N,) patient of each image.
         classes: K names.
         generator: source of the resamples.
@@ -49,11 +49,11 @@ def evaluate_masks(
         DataError: shapes differ or a class is unknown.
         MissingExtraError: MONAI is not installed.
     """
-    if guess.shape != truth.shape or guess.ndim != 3 or groups.shape != guess.shape[:1]:
+    if guess.shape != truth.shape or guess.ndim not in (3, 4) or groups.shape != guess.shape[:1]:
         raise DataError(
             f"masks {guess.shape} and {truth.shape} and groups {groups.shape} do not fit",
             where="evaluation",
-            fix="give (N, H, W) twice and (N,)",
+            fix="give (N, H, W) or (N, X, Y, Z) twice and (N,)",
             code="metric-input",
         )
     parts = [_of_images(guess[i : i + PART], truth[i : i + PART], len(classes)) for i in range(0, len(guess), PART)]
@@ -94,8 +94,9 @@ def _of_images(guess: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, 
     except ImportError as error:
         raise MissingExtraError("monai", "volumes", needed_for="the metrics of masks") from error
     one, two = (np.stack([mask == k for k in range(classes)], axis=1) for mask in (guess, truth))
-    both, either = (one & two).sum((2, 3)), (one | two).sum((2, 3))
-    there, found = two.any((2, 3)), one.any((2, 3))
+    space = tuple(range(2, one.ndim))
+    both, either = (one & two).sum(space), (one | two).sum(space)
+    there, found = two.any(space), one.any(space)
     distance = np.ones(there.shape)
     known = there & found
     if known.any():
@@ -103,7 +104,7 @@ def _of_images(guess: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, 
         with _QUIET, warnings.catch_warnings():  # MONAI calls a function of its own in a way it deprecated
             warnings.simplefilter("ignore", FutureWarning)
             reach = compute_hausdorff_distance(pair[0], pair[1], include_background=True, percentile=95)
-        distance[known] = reach[:, 0].numpy() / np.hypot(*guess.shape[1:])
+        distance[known] = reach[:, 0].numpy() / np.linalg.norm(guess.shape[1:])
     values = {
         "dice": ratio(2.0 * both, both + either + 0.0),
         "iou": ratio(both + 0.0, either + 0.0),
@@ -114,7 +115,7 @@ def _of_images(guess: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, 
 
 
 def _box_iou(one: np.ndarray, two: np.ndarray) -> Floats:
-    """Return the intersection over union (N, K) of the boxes around two sets of masks (N, K, H, W); 0 without one."""
+    """Return the intersection over union (N, K) of the boxes around two sets of masks (N, K, ...); 0 without one."""
     low1, high1 = _boxes(one)
     low2, high2 = _boxes(two)
     inner = np.clip(np.minimum(high1, high2) - np.maximum(low1, low2), 0, None).prod(-1)
@@ -122,10 +123,10 @@ def _box_iou(one: np.ndarray, two: np.ndarray) -> Floats:
 
 
 def _boxes(masks: np.ndarray) -> tuple[Floats, Floats]:
-    """Return first and one past last row and column (N, K, 2) of each mask; zeros for an empty one."""
-    ends = []
-    for axis in (3, 2):
-        line: np.ndarray = np.any(masks, axis=axis)
+    """Return first and one past last row and column (N, K, 2 or 3) of each mask; zeros for an empty one."""
+    ends, space = [], range(2, masks.ndim)
+    for axis in space:
+        line: np.ndarray = np.any(masks, axis=tuple(other for other in space if other != axis))
         first, last = line.argmax(-1), line.shape[-1] - line[..., ::-1].argmax(-1)
         some = line.any(-1)
         ends.append((np.where(some, first, 0), np.where(some, last, 0)))

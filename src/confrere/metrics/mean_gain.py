@@ -26,7 +26,7 @@ from confrere.metrics.bootstrap import (
     ratio,
 )
 from confrere.metrics.classification import check
-from confrere.metrics.paired import Run, classes_of, concordance, hits, inference, is_survival
+from confrere.metrics.paired import Run, classes_of, concordance, events_of_patients, hits, inference, is_ranked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +59,20 @@ def resample_site(
     checked = {name: [check(*run) for run in by_seed] for name, by_seed in runs.items()}
     _, labels, groups = next(iter(checked.values()))[0]
     everyone, patient_N = np.unique(groups, return_inverse=True)
-    P, survival = len(everyone), is_survival(next(iter(checked.values()))[0])
+    first = next(iter(checked.values()))[0]
+    P = len(everyone)
     if P < ENOUGH_PATIENTS:
         return None
     weights = draw(P, generator, resamples)
     scores, right = {}, {}
-    if survival:
+    if is_ranked(first):
         for name, by_seed in checked.items():
             told = [concordance(run, patient_N, weights) for run in by_seed]
             scores[name] = np.stack([samples for samples, _ in told], axis=1)
             right[name] = np.stack([ranks for _, ranks in told])
-        images_PK = per_patient(patient_N, (labels[:, 1] > 0).astype(np.int64), (P, 2))
+        images_PK = events_of_patients(first, patient_N, P)
         return SiteScores(scores=scores, right=right, patients=P, effective=effective_patients(images_PK))
-    K = classes_of(next(iter(checked.values()))[0])
+    K = classes_of(first)
     images_PK = per_patient(patient_N, labels, (P, K))
     below = weights @ images_PK
     for name, by_seed in checked.items():

@@ -32,11 +32,13 @@ from confrere.metrics.bootstrap import (
     widened_p,
 )
 from confrere.metrics.classification import check
+from confrere.metrics.findings import auroc, of_findings, values_of_patients
 from confrere.metrics.survival import harrell
 
 Run = tuple[Floats, Ints, Ints]
 """(probabilities (N, K), labels (N,), groups (N,)); (values (N,) in 0..1, zeros (N,), groups (N,)), e.g. Dice; or
-(risks (N,), time and event (N, 2), groups (N,)), of which Harrell's concordance is compared."""
+(risks (N,), time and event (N, 2), groups (N,)), of which Harrell's concordance is compared; or (probabilities (N, K),
+findings (N, K), groups (N,)), of which the mean AUROC is."""
 FEW_PATIENTS = 20
 OTHERS = {"local": "training alone", "pooled": "training on the pooled data of all hospitals"}
 
@@ -92,10 +94,10 @@ def paired_gain(
 
 def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np.ndarray, Floats]:
     """Return one seed's gain per resample (R,), on whom the models differ (P,), and images (P, K)."""
-    if is_survival(a):
+    if is_ranked(a):
         (one, ranks_a), (two, ranks_b) = (concordance(run, patient_N, weights) for run in (a, b))
         differs: np.ndarray = (ranks_a != ranks_b).any(axis=1)
-        return one - two, differs, per_patient(patient_N, (a[1][:, 1] > 0).astype(np.int64), (weights.shape[1], 2))
+        return one - two, differs, events_of_patients(a, patient_N, weights.shape[1])
     labels, K, P = a[1], classes_of(a), weights.shape[1]
     hits_a, hits_b = (per_patient(patient_N, labels, (P, K), hits(run)) for run in (a, b))
     images_PK = per_patient(patient_N, labels, (P, K))
@@ -103,14 +105,25 @@ def _gains(a: Run, b: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, np
     return mean_defined(gain_RK), (hits_a != hits_b).any(axis=1), images_PK
 
 
-def is_survival(run: Run) -> bool:
-    """Return whether a run's targets are times and events."""
+def is_ranked(run: Run) -> bool:
+    """Return whether the order of a run's predictions is what counts: of risks, or of probabilities of findings."""
     return run[1].ndim == 2
 
 
+def events_of_patients(run: Run, patient_N: Ints, patients: int) -> Floats:
+    """Return how many rows with and without an event, or each finding, a patient has (P, ...)."""
+    if run[0].ndim == 2:
+        return values_of_patients(run[1], patient_N, patients)
+    return per_patient(patient_N, (run[1][:, 1] > 0).astype(np.int64), (patients, 2))
+
+
 def concordance(run: Run, patient_N: Ints, weights: Floats) -> tuple[Floats, Floats]:
-    """Return Harrell's concordance (R,), and the ranks of each patient's risk, summed (P, 1)."""
+    """Return Harrell's concordance or the mean AUROC (R,), and ranks of each patient's predictions, summed (P, ...)."""
     risk, targets = run[0], run[1]
+    if risk.ndim == 2:
+        samples = mean_defined(of_findings(auroc, risk, targets, patient_N, weights))
+        places = np.stack([np.unique(column, return_inverse=True)[1] for column in risk.T], axis=1).astype(np.float64)
+        return samples, np.stack([np.bincount(patient_N, column, weights.shape[1]) for column in places.T], axis=1)
     samples = harrell(targets[:, 0].astype(np.float64), targets[:, 1] > 0, risk, weights[:, patient_N])
     ranks = np.unique(risk, return_inverse=True)[1].astype(np.float64)
     return samples, per_patient(patient_N, np.zeros_like(patient_N), (weights.shape[1], 1), ranks)
@@ -192,7 +205,7 @@ def _paired(runs_a: Sequence[Run], runs_b: Sequence[Run]) -> list[tuple[Run, Run
                 fix="use one split file for both runs and keep the order of the test images",
                 code="metric-input",
             )
-    if len({classes_of(a) for a, _ in pairs if not is_survival(a)}) > 1:
+    if len({classes_of(a) for a, _ in pairs if not is_ranked(a)}) > 1:
         raise DataError(
             "the seeds differ in their number of classes",
             where="paired gain",
@@ -265,6 +278,8 @@ def verdict(site: str, gain: dict[str, Any], other: str, *, subject: str = "join
 def spoken(metric: str) -> str:
     """Return the name of a metric as it stands in a sentence: ``balanced_accuracy`` is "balanced accuracy"."""
     words = {
+        "auroc": "AUROC",
+        "box_f1": "F1 of boxes",
         "dice": "Dice",
         "harrell": "concordance",
         "explained": "explained share",

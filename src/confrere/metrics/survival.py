@@ -35,7 +35,15 @@ from confrere.metrics.bootstrap import (
     percentile,
     ratio,
 )
-from confrere.metrics.kaplan_meier import Bools, censoring, d_calibration, kaplan_meier, survival_calibration
+from confrere.metrics.kaplan_meier import (
+    Bools,
+    censoring,
+    d_calibration,
+    few_times,
+    grouped_curves,
+    kaplan_meier,
+    survival_calibration,
+)
 
 BLOCK = 256  # rows of a matrix of pairs that exist at a time
 HEADLINE = ("harrell", "antolini", "uno", "ibs", "auc")
@@ -69,8 +77,9 @@ def evaluate_survival(
 
     Returns:
         ``n``, ``patients``, ``events``; ``harrell``, ``antolini``, ``uno`` (concordances), ``auc`` (mean over the
-        grid), ``ibs``, each ``{"value", "low", "high"}`` in 0..1 with None for what is undefined; ``by_time``
-        (``times``, ``brier``, ``auc``); ``calibration`` at the horizon, ``d_calibration``, ``kaplan_meier``; ``notes``.
+        grid), ``ibs``, each ``{"value", "low", "high"}`` in 0..1 with None for what is undefined; at few times of the
+        grid ``by_time`` (``times``, ``brier``, ``auc``), ``kaplan_meier`` and, by risk, ``curves``; ``calibration`` at
+        the horizon, ``d_calibration``; ``notes``. A time or a group of fewer than ``FEWEST`` patients is left out.
 
     Raises:
         DataError: shapes, times, events, predictions or grid are wrong.
@@ -95,10 +104,13 @@ def evaluate_survival(
     effective = effective_patients(per_patient(patient_N, inside.astype(np.int64), (P, 2)))
     out: dict[str, Any] = {"n": len(t), "patients": P, "events": int(inside.sum())}
     out |= {name: percentile(s[0], s[1:], P, effective=max(effective, 2.0)) for name, s in samples.items()}
-    out["by_time"] = {"times": at.tolist(), "brier": _plain(brier_RT[0]), "auc": _plain(auc_RT[0])}
-    out["calibration"] = survival_calibration(_predicted(curves, at[-1:], len(t))[:, 0], t, e, float(at[-1]))
+    shown = few_times(at, t, patient_N)
+    of = np.searchsorted(at, shown)
+    out["by_time"] = {"times": shown.tolist(), "brier": _plain(brier_RT[0, of]), "auc": _plain(auc_RT[0, of])}
+    out["curves"] = grouped_curves(grid_NT, t, e, patient_N, at)
+    out["calibration"] = survival_calibration(grid_NT[:, -1], t, e, patient_N, float(at[-1]))
     out["d_calibration"] = d_calibration(_at_own_time(curves, cut), inside)
-    out["kaplan_meier"] = kaplan_meier(t, e, at)
+    out["kaplan_meier"] = kaplan_meier(t, e, shown)
     out["notes"] = _notes(out)
     return out
 

@@ -26,6 +26,7 @@ _INK = {
     "accent": "#040404",
     "warm": "#050505",
 }
+_RISKS = {1: ("accent",), 2: ("warm", "accent"), 3: ("warm", "muted", "accent")}  # the highest risk first
 _WIDTH, _HEIGHT = 228, 136  # CSS pixels of one panel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 8, 22
 
@@ -75,6 +76,28 @@ def reliability(bins: Sequence[Json], name: str) -> str:
     axes.set_ylim(0, 1)
     _ticks(axes.set_yticks, [0, 0.5, 1], ["0", "50", "100"])
     _ticks(axes.set_xticks, [0, 0.5, 1], ["0", "50", "100"])
+    _align(axes)
+    return _svg(figure, name)
+
+
+def survival(groups: Sequence[Json], name: str) -> str:
+    """Return survival by time of groups of risk, the highest first: predicted (lines), observed (dots, intervals).
+
+    Every point stands for ten patients or more, see :mod:`confrere.metrics.kaplan_meier`.
+    """
+    figure, axes = _panel(height=200, bottom=26)
+    for group, colour in zip(groups, _RISKS[len(groups)], strict=True):
+        _line(axes, [(0.0, 1.0), *zip(group["times"], group["predicted"], strict=True)], colour, 1.8)
+        for at, seen, low, high in zip(*(group[key] for key in ("times", "observed", "low", "high")), strict=True):
+            if low is not None and high is not None:
+                axes.plot([at, at], [low, high], color=_INK[colour], linewidth=0.9)
+            if seen is not None:
+                axes.plot(at, seen, "o", color=_INK[colour], markersize=5, markeredgewidth=0)
+    last = max(group["times"][-1] for group in groups)
+    axes.set_xlim(-0.03 * last, 1.03 * last)
+    axes.set_ylim(0, 1.02)
+    _ticks(axes.set_yticks, [0, 0.5, 1], ["0", "50", "100"])
+    _ticks(axes.set_xticks, [0, last / 2, last], ["0", f"{last / 2:.3g}", f"{last:.3g}"])
     _align(axes)
     return _svg(figure, name)
 

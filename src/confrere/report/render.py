@@ -200,6 +200,8 @@ def _charts(summary: Json) -> dict[str, str]:
     for index, site in enumerate(summary["sites"]):
         if site["reliability"] and site["name"] in shown:
             drawn[f"reliability/{site['name']}"] = charts.reliability(site["reliability"], f"r{index}")
+        if site["survival"] and site["name"] in shown:
+            drawn[f"survival/{site['name']}"] = charts.survival(site["survival"], f"s{index}")
     for measure, lines in (summary["separation"] or {}).items():
         drawn[f"separation/{measure}"] = charts.separation(lines["before"], lines["after"], f"o{measure}")
     if summary["aggregation_error"]:

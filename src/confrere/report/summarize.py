@@ -8,6 +8,7 @@ from pathlib import Path
 
 from confrere.metrics import across_sites
 from confrere.report import progress
+from confrere.report.audits import audits_of
 from confrere.report.reading import (
     Json,
     as_dict,
@@ -74,6 +75,7 @@ def summarize(run: Path) -> Json:
         "experiment": _without_path(read_text(run, "experiment.toml")),
         "machine": as_dict(results.get("machine")),
         "privacy": as_dict(results.get("privacy")),
+        "audits": audits_of(run),
     }
     summary["omitted"] = _omitted(summary)
     return summary
@@ -148,6 +150,7 @@ def _sites(results: Json, controls: dict[str, Json], classes: list[str], keys: S
                 "models": models,
                 "main": next(iter(models), None),
                 "reliability": as_list(site.get("reliability")),
+                "survival": as_list(as_dict(next(iter(given.values()), None)).get("curves")),
                 **{key: number(site.get(key)) for key in numbers},
             }
         )
@@ -259,6 +262,11 @@ def _omitted(summary: Json) -> list[Json]:
         (summary["curves"], "Learning curves", "the run recorded no validation scores"),
         (bins or not classes, "Calibration", "the run recorded no reliability bins"),
         (summary["confusions"] or not classes, "Confusion matrices", "the run recorded none"),
+        (
+            any(site["survival"] for site in summary["sites"]) or summary["task"]["name"] != "survival",
+            "Survival curves",
+            "no hospital has ten test patients or more",
+        ),
         (summary["similarity"], "Similarity of the sites", "the run recorded no similarity of updates"),
         (
             summary["separation"],
@@ -268,6 +276,7 @@ def _omitted(summary: Json) -> list[Json]:
         (summary["traffic"], "Traffic and time", "the run recorded no rounds"),
         (summary["sheet"], "Data sheet", "the run carries none"),
         (summary["experiment"], "Experiment", "experiment.toml is not in the run directory"),
+        (summary["audits"], "What attacks learn of patients", "the run was not audited; see `confrere audit`"),
     ]
     return [{"section": section, "why": why} for data, section, why in checks if not data]
 

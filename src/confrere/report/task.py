@@ -44,6 +44,31 @@ _WORDS = {
         "of an outline are nearer to the other one. 0 is best, 100 stands where nothing was drawn.",
     ),
     "box_iou": ("Box IoU", "%", "The same as IoU, of the boxes around the two masks."),
+    "average_precision": (
+        "Average precision",
+        "",
+        "The area under precision against recall of a finding, mean over findings; guessing gives the share of images "
+        "that have it.",
+    ),
+    "brier": (
+        "Brier score",
+        "%, less is better",
+        "The mean squared gap between a finding's probability and its truth.",
+    ),
+    "box_f1": (
+        "F1 of boxes",
+        "%",
+        "Twice the lesions found, as a share of true and found boxes together, image by image; 100 where there is "
+        "neither. Found is a lesion whose box overlaps the true one by half or more of what both cover; boxes count "
+        "from the score that was best on validation images.",
+    ),
+    "ap50": (
+        "AP50",
+        "%",
+        "The area under precision against recall over all scores, found being as above; mean over classes (COCO).",
+    ),
+    "ap": ("AP", "%", "The same, mean over ten overlaps that count as found, from 0.50 to 0.95 (COCO)."),
+    "best_iou": ("IoU of boxes", "%", "How far a true box is overlapped by the best found one, in per cent of both."),
     "harrell": (
         "Concordance",
         "%",

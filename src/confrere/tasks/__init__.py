@@ -9,15 +9,28 @@ from pydantic import TypeAdapter, ValidationError
 
 from confrere.errors import ConfigError, nearest
 from confrere.tasks.classification import Classification
+from confrere.tasks.detection import Detection
+from confrere.tasks.multilabel import MultiLabel
 from confrere.tasks.pretext import Contrast, Reconstruction
 from confrere.tasks.segmentation import Segmentation
 from confrere.tasks.survival import Survival
 from confrere.tasks.task import Objective, Task
+from confrere.tasks.volume_segmentation import VolumeSegmentation
 
 __all__ = ["CLASSIFICATION", "TASKS", "Objective", "Task", "make_task"]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Segmentation, Survival, Reconstruction, Contrast)
+    task.name: task
+    for task in (
+        Classification,
+        MultiLabel,
+        Segmentation,
+        VolumeSegmentation,
+        Detection,
+        Survival,
+        Reconstruction,
+        Contrast,
+    )
 }
 CLASSIFICATION = Classification()
 

@@ -40,7 +40,7 @@ class Pretext(Task):
         """Return nothing: all that is trained belongs to the network."""
         return {}
 
-    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, params: Tensors, features: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return the network's own outputs (B, 2)."""
         return features
 

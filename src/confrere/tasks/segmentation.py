@@ -57,7 +57,7 @@ class Segmentation(Task):
             found[f"head.up{stage}.bias"] = torch.zeros(CHANNELS)
         return found | head.init(outputs, CHANNELS)
 
-    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, params: Tensors, features: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return scores (B, K, H, W) of patches (B, h, w, D)."""
         given = {name: value.to(features.device) for name, value in params.items() if name.startswith("head.")}
         reduced = nn.functional.linear(features, given["head.reduce.weight"], given["head.reduce.bias"])
@@ -86,8 +86,8 @@ class Segmentation(Task):
     def judge(self, answers: Answers) -> tuple[float, float]:
         """Return the mean Dice of the predicted masks over images, and the mean soft Dice."""
         guess, truth = answers.outputs.float(), torch.from_numpy(answers.targets).long()
-        hard = nn.functional.one_hot(guess.argmax(1), guess.shape[1]).permute(0, 3, 1, 2).float()
-        return float(1 - _dice_terms(hard, truth).mean()), float(1 - _dice_terms(guess, truth).mean())
+        hard = nn.functional.one_hot(guess.argmax(1), guess.shape[1]).movedim(-1, 1).float()
+        return float(1 - dice_terms(hard, truth).mean()), float(1 - dice_terms(guess, truth).mean())
 
     def examine(
         self, known: Answers, asked: Answers, *, classes: Sequence[str], generator: np.random.Generator
@@ -110,7 +110,7 @@ def dice_loss(scores: Tensor, masks: Tensor) -> Tensor:
     References:
         Milletari et al., "V-Net", 3DV 2016, with unsquared sums; ``SMOOTH`` pixels are added to both.
     """
-    return _dice_terms(scores.softmax(1), masks.long()).mean()
+    return dice_terms(scores.softmax(1), masks.long()).mean()
 
 
 def pixel_loss(scores: Tensor, masks: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ def _both(scores: Tensor, masks: Tensor) -> Tensor:
     return dice_loss(scores, masks) + pixel_loss(scores, masks)
 
 
-def _dice_terms(chances: Tensor, masks: Tensor) -> Tensor:
-    """Return 1 - soft Dice of every image and foreground class (B, K - 1)."""
-    truth = nn.functional.one_hot(masks, chances.shape[1]).permute(0, 3, 1, 2)[:, 1:].to(chances.dtype)
-    found = chances[:, 1:]
-    both, total = (found * truth).sum((2, 3)), (found + truth).sum((2, 3))
+def dice_terms(chances: Tensor, masks: Tensor) -> Tensor:
+    """Return 1 - soft Dice of every image or volume and foreground class (B, K - 1); chances (B, K, ...)."""
+    truth = nn.functional.one_hot(masks, chances.shape[1]).movedim(-1, 1)[:, 1:].to(chances.dtype)
+    found, space = chances[:, 1:], tuple(range(2, chances.ndim))
+    both, total = (found * truth).sum(space), (found + truth).sum(space)
     return 1 - (2 * both + SMOOTH) / (total + SMOOTH)

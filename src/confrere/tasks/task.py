@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from confrere.adapters import head
 from confrere.data.options import Target
+from confrere.objectives import class_weights
 from confrere.tensors import Tensors
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -55,6 +56,11 @@ class Task(ABC):
     """Whether the loss can weigh classes."""
 
     @property
+    def fitted_on(self) -> tuple[str, ...]:
+        """Return the splits whose answers :meth:`examine` knows, for what is fitted after training."""
+        return ("val",)
+
+    @property
     def headline(self) -> str:
         """Return the key of the metric that stands for all: verdicts and comparisons are about it."""
         return next(iter(self.measures))
@@ -76,12 +82,16 @@ class Task(ABC):
         """Return the head before training: tensors named ``head.*``, among them ``head.weight`` and ``head.bias``."""
 
     @abstractmethod
-    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, params: Tensors, features: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return outputs (B, K, ...) of features (B, F) or (B, h, w, D); ``size`` is that of the images, in pixels."""
 
     @abstractmethod
     def objective(self, name: str, weights: Tensor | None = None) -> Objective:
         """Return a loss by name, with class weights (K,) where the task is ``weighted``."""
+
+    def weights(self, targets: np.ndarray, classes: int) -> Tensor:
+        """Return weights (K,) for :meth:`objective` of training targets (N, ...)."""
+        return class_weights(np.bincount(targets, minlength=classes).tolist())
 
     def pack(self, outputs: Tensor) -> Tensor:
         """Return outputs in the form in which those of a whole site are kept in memory."""
@@ -109,7 +119,7 @@ class Task(ABC):
         """Return the numbers that may leave the site, and the predictions that may not.
 
         Args:
-            known: validation images, for what is fitted after training.
+            known: images of the splits in ``fitted_on``, for what is fitted after training.
             asked: test images, N >= 0.
             classes: names.
             generator: source of the resamples.
@@ -123,7 +133,7 @@ class Pooled(Task):
         """Return a head of zeros: before training all images are alike."""
         return head.init(outputs, features)
 
-    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, params: Tensors, features: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return ``features @ head.weight.T + head.bias`` (B, K) of features (B, F)."""
         weight, bias = (params[name].to(features.device) for name in head.NAMES)
         return nn.functional.linear(features, weight, bias)

@@ -92,6 +92,7 @@ def _brief(event: Event) -> Event:
         kept["sites"] = {site: score for site, score in known.items() if score is not None}
     elif kind == "round":
         kept["seconds"] = number(event.get("seconds")) or 0.0
+        kept["averaged"] = event.get("averaged") is not False
         kept["sites"] = {text(site): _record(as_dict(said)) for site, said in sites.items()}
     elif kind == "failure":
         kept |= {key: text(event.get(key)) for key in ("site", "code", "reason")}

@@ -58,6 +58,14 @@ class _OfRun(Collector):
         for (name, code), count in sorted(Counter((f.site, f.code) for f in state.failures).items()):
             failed.add_metric([name, code or "unknown"], count)
         yield failed
+        seen = state.participation
+        if seen is not None:
+            yield GaugeMetricFamily("confrere_participation_rank", "Rank of who took part when", value=seen.rank)
+            singles = "Sites whose own part follows from the sums of the rounds so far"
+            yield GaugeMetricFamily("confrere_identifiable_sites", singles, value=len(seen.single))
+        if seen is not None and seen.condition is not None:
+            condition = "Condition number of who took part when: the larger, the more noise hides single sites"
+            yield GaugeMetricFamily("confrere_participation_condition", condition, value=seen.condition)
 
 
 def _gauge(name: str, text: str, label: str, values: Mapping[str, float | bool | None]) -> GaugeMetricFamily:

@@ -12,6 +12,7 @@ from typing import Any
 from confrere import intake
 from confrere.data.paths import SLUG
 from confrere.errors import RunError
+from confrere.federation.participation import Identifiability, cohorts_of, identifiability, matrix_of
 from confrere.record.files import read_json
 from confrere.record.journal import Event, last_round
 from confrere.report.reading import as_dict, as_list, number
@@ -64,6 +65,7 @@ class Watcher:
             failures=told.failures,
             scores=told.scores,
             seconds=told.seconds,
+            participation=told.participation,
             controls=controls,
             error=text(said.get("error")),
         )
@@ -150,6 +152,7 @@ class _Told:
     failures: tuple[Failure, ...]
     scores: tuple[Score, ...]
     seconds: tuple[float, ...]
+    participation: Identifiability
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> _Told:
@@ -181,7 +184,13 @@ class _Told:
             ),
             scores=tuple(Score(e["round"], e["mean"], e["sites"]) for e in events if e["event"] == "evaluation"),
             seconds=tuple(e["seconds"] for e in events if e["event"] == "round"),
+            participation=_participation(events, sorted(sites)),
         )
+
+
+def _participation(events: Sequence[Event], sites: Sequence[str]) -> Identifiability:
+    """Return what the sums of the rounds so far tell of single sites, where sums are all that is seen."""
+    return identifiability(matrix_of([cohort for _, cohort in cohorts_of(events)], sites), sites)
 
 
 def _sites(told: Mapping[str, _Known], said: Mapping[str, Any] | None) -> tuple[SiteState, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from confrere.federation.participation import Identifiability
+
 PHASES = ("waiting", "describe", "train", "evaluate", "examine", "controls", "done", "failed")
 """``waiting`` for sites or data, ``describe`` of the sites, rounds, the test at the end, controls, and two ends."""
 ENDED = ("done", "failed")
@@ -70,8 +72,8 @@ class State:
     """A run at one moment.
 
     ``round`` is the last one that is committed. ``seconds``: per round, in order. ``updated``: Unix time of the last
-    sign of life. ``eta``: seconds left of training, guessed from the last rounds; None before the first one. ``error``:
-    what the coordinator ended with.
+    sign of life. ``eta``: seconds left of training, guessed from the last rounds; None before the first one.
+    ``participation``: what sums of the rounds so far tell of single sites. ``error``: what the coordinator ended with.
     """
 
     name: str
@@ -85,6 +87,7 @@ class State:
     scores: tuple[Score, ...]
     seconds: tuple[float, ...]
     controls: tuple[Control, ...]
+    participation: Identifiability | None = None
     error: str = ""
 
     @property

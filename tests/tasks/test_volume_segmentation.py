@@ -1,0 +1,204 @@
+"""Volumes in a run: windows, losses beside what was looked at, every method that can, predictions as NIfTI."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from test_volumes import hospitals, save
+
+from confrere.adapters.lora import LoraSpec
+from confrere.backbones import Backbone, load
+from confrere.config import validate
+from confrere.console import start
+from confrere.data.patches import sliding
+from confrere.errors import BackboneError, ConfigError
+from confrere.method import METHODS
+from confrere.metrics.masks import evaluate_masks
+from confrere.predict import predict_folder
+from confrere.record.files import read_json
+from confrere.seeds import numpy_generator, torch_generator
+from confrere.tasks import make_task
+from confrere.tasks.segmentation import dice_terms
+
+SIZE, WINDOW = (32, 32, 48), (32, 32, 32)
+TASK = make_task({"name": "volume-segmentation"})
+
+
+@functools.cache
+def network(name: str = "unet", window: tuple[int, int, int] | None = WINDOW) -> Backbone:
+    return load(name, lora=LoraSpec(slots=("general",), blocks=1), image_size=SIZE, patch=window, task=TASK)
+
+
+def volumes(count: int = 2) -> torch.Tensor:
+    return torch.randn((count, *SIZE, 1), generator=torch_generator(0, "volumes"))
+
+
+def params(backbone: Backbone, classes: int = 3) -> dict[str, torch.Tensor]:
+    drawn = backbone.start(torch_generator(0, "net")) | TASK.init(
+        classes, backbone.feature_dim, torch_generator(0, "head")
+    )
+    return drawn | {"head.weight": torch.randn(drawn["head.weight"].shape, generator=torch_generator(1, "head"))}
+
+
+def test_whole_volumes_are_seen_through_windows() -> None:
+    backbone = network()
+    root: Any = backbone.anatomy.root
+    given = params(backbone)
+    found = backbone.logits(given, volumes())
+    assert found.shape == (2, 4, *SIZE)
+    assert (found[:, -1] == 1).all()
+
+    def alone(patch: torch.Tensor) -> torch.Tensor:
+        weights = {n.removeprefix("net."): v for n, v in given.items() if n.startswith("net.")}
+        maps = torch.func.functional_call(root.net, weights, (patch,))
+        return torch.einsum("bdxyz,kd->bkxyz", maps, given["head.weight"]) + given["head.bias"].view(1, -1, 1, 1, 1)
+
+    expected = sliding(alone, volumes().movedim(-1, 1), WINDOW, overlap=0.25)
+    torch.testing.assert_close(found[:, :-1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_sees_one_window_of_each_volume_and_learns_nothing_elsewhere() -> None:
+    backbone, given = network(), params(network())
+    leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
+    with backbone.dropout(torch_generator(3, "step")):
+        outputs = backbone.logits(leaves, volumes())
+    seen = outputs[:, -1]
+    assert [int(one.sum()) for one in seen] == [32**3] * 2
+    masks = torch.randint(0, 3, (2, *SIZE), generator=torch_generator(0, "masks")).to(torch.uint8)
+    loss = TASK.objective("dice-cross-entropy")
+    value = loss(outputs, masks)
+    assert torch.equal(loss(outputs, torch.where(seen == 1, masks, 2)), value)
+    inside = [outputs[i, :3][:, seen[i] == 1].T for i in range(2)]
+    truth = [masks[i][seen[i] == 1].long() for i in range(2)]
+    cross = torch.nn.functional.cross_entropy(torch.cat(inside), torch.cat(truth))
+    dice = torch.stack(
+        [dice_terms(s.softmax(1).T[None], t[None])[0] for s, t in zip(inside, truth, strict=True)]
+    ).mean()
+    torch.testing.assert_close(value, cross + dice)
+    torch.autograd.backward(value)
+    assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("name", ["unet", "unetr"])
+def test_first_weights_have_an_address(name: str) -> None:
+    backbone = network(name)
+    one, two, other = (backbone.start(torch_generator(seed, "net")) for seed in (0, 0, 1))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert any(not torch.equal(one[n], other[n]) for n in one)
+    assert backbone.logits(params(backbone), volumes(1)).shape == (1, 4, *SIZE)
+
+
+def test_metrics_of_volumes_are_those_of_slow_loops() -> None:
+    rng = numpy_generator(0, "volumes")
+    truth, guess = (rng.random((4, 6, 7, 5)) < 0.3 for _ in range(2))
+    found, values = evaluate_masks(
+        guess.astype(np.uint8), truth.astype(np.uint8), np.arange(4), classes=("b", "f"), generator=rng, resamples=10
+    )
+    slow = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in zip(guess, truth, strict=True)]
+    np.testing.assert_allclose(values, slow)
+
+    def box(mask: np.ndarray) -> list[tuple[int, int]]:
+        where = np.nonzero(mask)
+        return [(int(axis.min()), int(axis.max()) + 1) for axis in where]
+
+    overlaps = []
+    for a, b in zip(guess, truth, strict=True):
+        sides = [max(0, min(h1, h2) - max(l1, l2)) for (l1, h1), (l2, h2) in zip(box(a), box(b), strict=True)]
+        sizes = [np.prod([h - low for low, h in box(one)]) for one in (a, b)]
+        overlaps.append(np.prod(sides) / (sum(sizes) - np.prod(sides)))
+    assert found["box_iou"]["value"] == pytest.approx(np.mean(overlaps))
+    assert 0 < found["hd95"]["value"] < 1
+
+
+def small(path: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "task": "volume-segmentation",
+        "method": method,
+        "controls": [],
+        "rounds": 2,
+        "threads": 1,
+        "data": {"volume": {"size": [32, 32, 32]}},
+        "backbone": {"name": "unet"},
+        "train": {"steps": 2, "batch_size": 2, "balance": "none", "lr": 1e-2},
+        **more,
+    }
+
+
+WHOLE = [name for name, cls in sorted(METHODS.items()) if cls.whole]
+
+
+@pytest.mark.parametrize("method", [pytest.param(n, marks=[] if n == "fedper" else pytest.mark.slow) for n in WHOLE])
+def test_a_run_ends_with_models_that_predict(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
+    data, out = hospitals(tmp_path / "data", each=5), tmp_path / "run"
+    start(data, out, small(data, method), [], quiet=True)
+    results = read_json(out / "results.json")
+    assert results["task"]["headline"] == "dice"
+    assert all(0 <= one["models"]["personalised"]["dice"]["value"] <= 1 for one in results["sites"].values())
+    if method != "fedper":
+        return
+    fresh = tmp_path / "fresh"
+    shutil.copytree(data / "north" / "images", fresh)
+    (fresh / "rubbish.nii").write_text("no volume")
+    save(fresh / "empty.nii.gz", np.zeros((15, 16, 14)))
+    count, problems = predict_folder(out, "north", fresh, tmp_path / "found.csv")
+    assert (count, len(problems)) == (5, 2)
+    rows = (tmp_path / "found.csv").read_text().splitlines()
+    assert rows[0] == "file,foreground ml"
+    for number, row in enumerate(rows[1:]):
+        mask = nibabel.load(tmp_path / "found_masks" / f"{number:04d}.nii.gz")
+        seen = nibabel.load(fresh / row.split(",")[0])
+        assert (mask.shape, mask.affine.tolist()) == (seen.shape, seen.affine.tolist())
+        assert float(row.split(",")[1]) == pytest.approx(int((np.asarray(mask.dataobj) == 1).sum()) / 1000, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
+    data = hospitals(tmp_path / "data", each=5)
+    for name in ("one", "two"):
+        start(data, tmp_path / name, small(data), [], quiet=True)
+    one, two = (tmp_path / name / "adapters" / "north" / "head.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"method": "fedopal"}, "task"),
+        ({"train": {"views": 2}}, "backbone-kind"),
+        ({"data": {}}, "backbone-kind"),
+        ({"backbone": {"name": "test-vit"}}, "backbone-kind"),
+        ({"backbone": {"name": "unet", "patch": [4, 16, 16]}}, "value"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(change: dict[str, Any], code: str, tmp_path: Path) -> None:
+    data = hospitals(tmp_path / "data", each=5)
+    with pytest.raises(ConfigError) as caught:
+        start(data, tmp_path / "run", small(data, **change), [], quiet=True)
+    assert caught.value.code == code
+
+
+def test_networks_refuse_what_they_do_not_read() -> None:
+    spec = LoraSpec(slots=("general",), blocks=1)
+    with pytest.raises(BackboneError, match="larger than a volume"):
+        load("unet", lora=spec, image_size=(32, 32, 32), patch=(48, 32, 32), task=TASK)
+    with pytest.raises(BackboneError, match="reads volumes"):
+        load("unet", lora=spec, image_size=32, task=TASK)
+    with pytest.raises(BackboneError, match="segments volumes"):
+        load("unet", lora=spec, image_size=SIZE)
+    with pytest.raises(BackboneError, match="multiples of 16"):
+        load("unet", lora=spec, image_size=(32, 32, 40), task=TASK)
+    with pytest.raises(BackboneError, match="flat images"):
+        load("test-vit", lora=spec, image_size=SIZE)
+    assert validate(
+        {"path": "x", "task": "volume-segmentation", "method": "fedit", "backbone": {"name": "unet"}}
+    ).data.target
