@@ -64,9 +64,9 @@ MASKS: dict[str, Any] = {
 
 def prepare(data: Path, out: Path, clients: int) -> dict[str, Path]:
     """Unpack the images and masks and write the tables: one a split for pre-training, ``labels`` and ``masks``."""
-    tables = {name: out / f"{name}-{clients}.csv" for name in SPLITS} | {
-        n: out / f"{n}.csv" for n in ("labels", "masks")
-    }
+    of_clients = [*SPLITS, *(f"{name}-one" for name in SPLITS)]  # all clients, and the first one alone
+    tables = {name: out / f"{name}-{clients}.csv" for name in of_clients}
+    tables |= {name: out / f"{name}.csv" for name in ("labels", "masks")}
     if all(table.exists() for table in tables.values()):
         return tables
     for name in ("images_200x150.zip", "masks_200x150.zip", "metadata.csv"):
@@ -83,11 +83,13 @@ def prepare(data: Path, out: Path, clients: int) -> dict[str, Path]:
     unpack(data / "masks_200x150.zip", out / "masks", known, ".png")
     for name in SPLITS:
         client = dealt(lesions, clients, even=name == "homogeneous")
-        write(tables[name], rows, part, {"site": lambda row, client=client: f"client{client[row['lesion_id']]:02d}"})
-    site = {"site": lambda row: row["site"], "label": lambda row: row["dx"]}
-    write(tables["labels"], rows, part, site)
-    few = [row for row in rows if int(row["image_id"][-2:]) < 10]  # a tenth: masks cost more
-    write(tables["masks"], few, part, {**site, "mask": lambda row: f"masks/{row['image_id']}.png"})
+        named = [{**row, "site": f"client{client[row['lesion_id']]:02d}"} for row in rows]
+        write(tables[name], named, part, ("site",))
+        write(tables[f"{name}-one"], [row for row in named if row["site"] == "client00"], part, ("site",))
+    labelled = [{**row, "label": row["dx"], "mask": f"masks/{row['image_id']}.png"} for row in rows]
+    write(tables["labels"], labelled, part, ("site", "label"))
+    few = [row for row in labelled if int(row["image_id"][-2:]) < 10]  # a tenth: masks cost more
+    write(tables["masks"], few, part, ("site", "label", "mask"))
     return tables
 
 
@@ -101,16 +103,14 @@ def dealt(lesions: Mapping[str, str], clients: int, *, even: bool) -> dict[str, 
     return found
 
 
-def write(table: Path, rows: Sequence[Mapping[str, str]], part: Mapping[str, int], columns: Mapping[str, Any]) -> None:
-    """Write a table of images with their lesion and split, and further columns, functions of a row."""
+def write(table: Path, rows: Sequence[Mapping[str, str]], part: Mapping[str, int], columns: Sequence[str]) -> None:
+    """Write a table of images with their lesion and split, and further columns of the rows."""
     with table.with_suffix(".tmp").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "lesion", "split", *columns])
         for row in rows:
             split = ("train", "val", "test")[part[row["lesion_id"]]]
-            writer.writerow(
-                [f"images/{row['image_id']}.jpg", row["lesion_id"], split, *(make(row) for make in columns.values())]
-            )
+            writer.writerow([f"images/{row['image_id']}.jpg", row["lesion_id"], split, *(row[c] for c in columns)])
     table.with_suffix(".tmp").replace(table)
 
 
@@ -177,7 +177,8 @@ def main() -> None:
         for split in args.splits.split(","):
             for arm in args.arms.split(";"):
                 out = args.out / f"{args.task}-{split}-{args.clients}"
-                backbone, explained = pretrained(arm, seed, tables[split], out, args)
+                table = tables[f"{split}-one" if arm == "one client" else split]
+                backbone, explained = pretrained(arm, seed, table, out, args)
                 values = worth(backbone, tables, out / f"worth-{named(arm)}-{seed}", masks=args.masks)
                 rows.append({"split": split, "arm": arm, "seed": seed, "pretext": explained, **values})
                 print(json.dumps(rows[-1]), flush=True)

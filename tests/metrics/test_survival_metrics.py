@@ -247,7 +247,7 @@ def test_a_good_model_is_better_than_a_bad_one_and_its_interval_says_so():
 
 
 def test_all_censored_one_patient_and_nobody():
-    t, e, rates = sample(0, 12, events=0.0)
+    t, e, rates = sample(0, 40, events=0.0)
     out = judged(t, e, rates)
     assert out["harrell"] == out["uno"] == out["antolini"] == out["auc"] == {"value": None, "low": None, "high": None}
     assert set(out["kaplan_meier"]["survival"]) == {1.0}
@@ -334,7 +334,7 @@ def test_few_times_are_spread_over_those_with_enough_patients():
     t = np.repeat([2.0, 6.0, 9.0], 10)
     at, everybody = np.arange(1.0, 11.0), np.arange(30)
     assert few_times(at, t, everybody).tolist() == [1.0, 3.0, 5.0, 7.0, 9.0]
-    assert few_times(at, t, everybody // 2).tolist() == [1.0, 2.0, 4.0, 5.0, 6.0]
+    assert few_times(at, t, everybody // 2).tolist() == [1.0, 2.0, 3.0, 5.0, 6.0]
     assert few_times(at, t, everybody // 10).tolist() == []
 
 

@@ -27,7 +27,7 @@ def read_folder(root: Path, *, pooled: bool = False, target: Target = "label", v
     """List a folder of sites, or of classes when ``pooled``.
 
     With the ``target`` mask or boxes, beside a site's classes lies ``masks`` with a ``<name of the image>.png`` each.
-    Volumes are NIfTI files, or folders with the slices of a DICOM series; their masks are ``<name>.nii.gz`` or ``.nii``.
+    Volumes are NIfTI files, or folders with a DICOM series each; their masks are ``<name>.nii.gz`` or ``.nii``.
     With the target image, a site's images lie in its folder or in folders below, whose names say nothing.
 
     Raises:

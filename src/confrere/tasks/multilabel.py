@@ -39,7 +39,7 @@ class MultiLabel(Pooled):
     weighted = True
 
     def weights(self, targets: np.ndarray, classes: int) -> Tensor:
-        """Return how often each finding (K,) is absent for one time it is there, 1 where it never is, up to ``MOST``."""
+        """Return how often each finding (K,) is absent for one time it is there, up to ``MOST``; 1 if it never is."""
         there, absent = (targets == 1).sum(0), (targets == 0).sum(0)
         known = np.where((there > 0) & (absent > 0), absent / np.maximum(there, 1), 1.0)
         return torch.from_numpy(np.minimum(known, MOST).astype(np.float32))

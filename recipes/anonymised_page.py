@@ -1,0 +1,143 @@
+"""Turn results.json of recipes/anonymised_tables.py into its results page, in Markdown.
+
+python recipes/anonymised_page.py RESULTS.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from confrere.compare.table import interval
+
+Found = Mapping[str, Any]
+TITLES = {"adult": "UCI Adult", "diabetes": "Diabetes-130"}
+
+
+def spread(found: list[Found], get: Callable[[Found], float | None]) -> str:
+    """Return ``.861 (.850 to .872)`` over seeds, or ``-`` where a seed lacks it."""
+    values = []
+    for one in found:
+        try:
+            value = get(one)
+        except (KeyError, TypeError):
+            value = None
+        if value is None:
+            return "-"
+        values.append(value)
+    over = interval(values)
+    shown = f"{over['mean']:.3f}"
+    return f"{shown} ({over['low']:.3f} to {over['high']:.3f})" if over["low"] is not None else shown
+
+
+def title(arm: str) -> str:
+    """Return what an arm is called."""
+    kind, _, value = arm.partition("-")
+    names = {"raw": "raw tables", "k": f"k = {value}", "noisy": f"noisy counts, epsilon {value}"}
+    return names.get(kind, f"noisy gradients, epsilon {value}")
+
+
+def of_model(model: str, key: str) -> Callable[[Found], float | None]:
+    return lambda one: one[model].get(key)
+
+
+def over_sites(key: str) -> Callable[[Found], float]:
+    """Return the mean over sites weighted by their rows."""
+    return lambda one: float(
+        np.average([s[key] for s in one["sites"].values()], weights=[s["rows"] for s in one["sites"].values()])
+    )
+
+
+def worst_site(key: str, pick: Callable[[list[float]], float]) -> Callable[[Found], float]:
+    return lambda one: float(pick([s[key] for s in one["sites"].values() if s[key] is not None]))
+
+
+def table(arms: Mapping[str, list[Found]], columns: Mapping[str, Callable[[Found], float | None]]) -> list[str]:
+    """Return a table of arms by columns; arms without any of them are left out."""
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm, found in arms.items():
+        cells = [spread(found, get) for get in columns.values()]
+        if set(cells) != {"-"}:
+            lines.append(f"| {title(arm)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def section(name: str, arms: Mapping[str, list[Found]]) -> list[str]:
+    """Return the tables of one data set."""
+    mlp, logistic = (lambda key: of_model("mlp", key)), (lambda key: of_model("logistic", key))
+    scores = {
+        "perceptron, AUC": mlp("auc_mapped"),
+        "accuracy": mlp("accuracy_mapped"),
+        "logistic, AUC": logistic("auc_mapped"),
+        "accuracy ": logistic("accuracy_mapped"),
+    }
+    shown = {
+        "box": mlp("auc_mapped"),
+        "Mahalanobis": mlp("auc_mahalanobis"),
+        "in the clear": mlp("auc_raw"),
+        "logistic, box": logistic("auc_mapped"),
+        "logistic, in the clear": logistic("auc_raw"),
+    }
+    lost = {
+        "GCP of identifiers": over_sites("identifiers"),
+        "loss of items": over_sites("items"),
+        "smallest class": worst_site("smallest_class", min),
+        "smallest item set": worst_site("smallest_support", min),
+        "l": worst_site("l", min),
+        "t": worst_site("t", max),
+    }
+    model = {
+        "perceptron": mlp("told"),
+        "its control": mlp("told_control"),
+        "logistic": logistic("told"),
+        "its control ": logistic("told_control"),
+    }
+    in_table = {
+        "anonymised table": lambda one: one["membership"]["anonymised"],
+        "control: raw table": lambda one: one["membership"]["raw"],
+        "control: strangers": lambda one: one["membership"]["strangers"],
+    }
+    both: dict[str, Callable[[Found], float | None]] = {}
+    for key, said in (("pointed", "right row"), ("below_k", "among fewer than k"), ("told", "target told")):
+        for way in ("both", "alone", "stranger"):
+            both[f"{said}, {way}"] = lambda one, key=key, way=way: one["intersection"][way][key]  # type: ignore[misc]
+    only_k = {arm: found for arm, found in arms.items() if arm.startswith("k-")}
+    lines = [f"## {TITLES[name]}", "", "Test records as each arm shows new ones (k: smallest box of the union).", ""]
+    lines += [*table(arms, scores), "", "How test records are shown to a model of generalised tables (AUC):", ""]
+    lines += [*table(only_k, shown), "", "What was lost (0 to 1, mean over records), and what was counted:", ""]
+    lines += [*table(only_k, lost), "", "Members told from others by the model's loss (area under the curve; 0.5 is "]
+    lines[-1] += "chance; control: validation records taken for members):"
+    lines += [
+        "",
+        *table(arms, model),
+        "",
+        "Members of the middle site's table told from others by the table alone:",
+        "",
+    ]
+    lines += [*table(only_k, in_table), "", "Intersection of two sites' tables that share a fifth of one's units:", ""]
+    return [*lines, *table(only_k, both), ""]
+
+
+def page(summary: Mapping[str, Any], command: str) -> str:
+    """Return the results page."""
+    about, seeds = summary["machine"], summary["seeds"]
+    lines = [
+        "# Anonymised tables: what k and epsilon cost",
+        "",
+        f"Command: `{command}`. Date {summary['date']}; {about['cores']} cores of an AMD EPYC, one thread, torch "
+        f"{about['torch']}, confrere {about['confrere']}. Seeds {', '.join(map(str, seeds))}: each draws other units, "
+        "sites, splits and weights. Mean and 95 % Student t interval over seeds. Nothing was tuned.",
+        "",
+    ]
+    for name, arms in summary["results"].items():
+        lines += section(name, arms)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(page(json.loads(Path(sys.argv[1]).read_text()), "python recipes/anonymised_tables.py DATA"))

@@ -1,0 +1,150 @@
+"""Membership audits on HAM10000 at its four real sites: general and personal adapters of three methods, three seeds.
+
+    python recipes/audits.py DATA --out results/audits --page docs/results/audits.md
+
+DATA as for ``recipes/ham10000.py``. One lesion in six is used (chosen by a hash of its name), so that a site is small
+enough to be learnt by heart; 30 % of lesions are others, who must not be found. Every run is audited with its own
+reference models. What was stopped continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ham10000 import prepare, without_path
+from scipy.stats import t
+
+from confrere.audits.audit import Choice
+from confrere.audits.job import audit
+from confrere.config import override, validate
+from confrere.job import run_experiment
+from confrere.record.files import read_json
+from confrere.record.machine import machine
+from confrere.report import write_report
+
+METHODS = ("fedopal", "fedit", "local")
+SEEDS = (0, 1, 2)
+AUDITS = ("rmia", "lira", "usage", "historical")
+SETTINGS = ["rounds=6", "train.steps=10", "train.lr=2e-3", "selection.every=2", "selection.images=100", "threads=1"]
+SETTINGS += ["workers=1", "controls=[]", "data.test=0.3", "data.val=0.1", "engine.precision=fp32", "adapter.blocks=1"]
+BACKBONE = {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 56}
+SHARE = 6
+
+
+def thinned(table: Path, out: Path) -> Path:
+    """Write the rows of one lesion in six; return the CSV, whose paths still hold."""
+    if not out.exists():
+        draft = out.with_suffix(".tmp")
+        with table.open(newline="") as source, draft.open("w", newline="") as target:
+            reader = csv.DictReader(source)
+            writer = csv.DictWriter(target, reader.fieldnames or [])
+            writer.writeheader()
+            for row in reader:
+                if hashlib.sha256(row["lesion"].encode()).digest()[0] % SHARE == 0:
+                    writer.writerow(row)
+        draft.replace(out)
+    return out
+
+
+def mean(values: list[float | None], digits: int = 3) -> str:
+    """Return the mean over seeds with a 95 % Student t interval; a dash where one is undefined."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or len(known) < 2:
+        return "-"
+    half = t.ppf(0.975, len(known) - 1) * np.std(known, ddof=1) / len(known) ** 0.5
+    return f"{np.mean(known):.{digits}f} ± {half:.{digits}f}"
+
+
+def rows(found: dict[tuple[str, int, str], dict[str, Any]], name: str, subject: str | None = "all") -> list[str]:
+    """Return the table of one audit: strength beside control, mean over seeds, and how many seeds find something."""
+    lines = [
+        "| method | model | at | measure | strength | placebo | found, of seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        each = [found[method, seed, name]["rows"] for seed in SEEDS]
+        for at, row in enumerate(each[0]):
+            if (row["subject"] == "all") != (subject == "all"):
+                continue
+            same = [one[at] for one in each]
+            cells = [f"`{method}`", row["model"], row["subject"], row["measure"]]
+            cells += [mean([one[key]["value"] for one in same]) for key in ("strength", "control")]
+            lines.append(f"| {' | '.join(cells)} | {sum(one['finding'] == 'found' for one in same)} of {len(same)} |")
+    return lines
+
+
+def page(found: dict[tuple[str, int, str], dict[str, Any]], scores: dict[str, str], toml: str) -> str:
+    """Return the results page in Markdown; every number comes from the audits' files."""
+    first, told = found[METHODS[0], SEEDS[0], "rmia"], machine()
+    lines = [
+        "# Membership audits on HAM10000",
+        "",
+        "Command: `python recipes/audits.py /path/to/fed_ham10000 --out results/audits --page docs/results/audits.md`. "
+        f"{told['cores']} cores of an AMD EPYC, torch {told['torch']}, one thread, float32. Seeds "
+        f"{', '.join(map(str, SEEDS))}; one split by lesion for all; one lesion in {SHARE} of the set, 30 % of them "
+        f"others. {first['settings']['references']} reference models a run. Over all sites: {first['rows'][0]['n']}. "
+        "Mean over seeds with a 95 % Student t interval; the placebo is the same attack on reference models, whose "
+        "training does not depend on who trained the run. [How to read it](../audits.md).",
+        "",
+        "Balanced accuracy on test lesions, mean over sites: "
+        + "; ".join(f"`{method}` {said}" for method, said in scores.items())
+        + ".",
+    ]
+    for name in AUDITS:
+        one = found[METHODS[0], SEEDS[0], name]
+        lines += ["", f"## {one['title']}", "", one["means"], "", *rows(found, name)]
+        if name in ("rmia", "lira"):
+            lines += ["", "The same attack on a reference model whose members are known (AUC):", ""]
+            for method in METHODS:
+                key = "AUC on a reference of known members, "
+                settings = [found[method, seed, name]["settings"] for seed in SEEDS]
+                said = [k for k in settings[0] if k.startswith(key)]
+                parts = [f"{k.removeprefix(key)} {mean([s[k][0] for s in settings])}" for k in said]
+                lines.append(f"- `{method}`: " + ", ".join(parts))
+        if name == "historical":
+            lines += ["", *(f"- `{m}`, seed {s}: {found[m, s, name]['warnings'][1]}" for m in METHODS for s in SEEDS)]
+    of_site = [line for line in rows(found, "lira", None) if "| AUC |" in line or line.startswith(("| method", "|---"))]
+    lines += ["", "## LiRA by site", "", *of_site]
+    seconds = [found[m, s, "rmia"]["costs"]["seconds"] for m in METHODS for s in SEEDS]
+    lines += ["", f"Cost: {np.mean(seconds):.0f} s a run for the reference models and what they say, on a shared core."]
+    return "\n".join([*lines, "", "## The experiment", "", "```toml", without_path(toml), "```", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("results/audits"))
+    parser.add_argument("--patients", type=int, default=400, help="most members, and most others, of each site")
+    parser.add_argument("--page", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    args = parser.parse_intermixed_args()
+    torch.set_num_threads(1)
+    table = thinned(prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv")
+    found, scores, toml = {}, {}, ""
+    for seed in SEEDS:
+        for method in METHODS:
+            values = {"path": str(table.resolve()), "seed": seed, "backbone": BACKBONE, "method": {"name": method}}
+            experiment = validate(override(values, [*SETTINGS, *args.overrides]))
+            toml, out = toml or experiment.toml(), args.out / f"{method}-{seed}"
+            run_experiment(experiment, out)
+            missing = [name for name in AUDITS if not (out / "audits" / f"{name}.json").exists()]
+            if missing:
+                audit(out, only=missing, choice=Choice(seed=seed, patients=args.patients, notify=print))
+            print(write_report(out), flush=True)
+            for name in AUDITS:
+                found[method, seed, name] = read_json(out / "audits" / f"{name}.json")
+    for method in METHODS:
+        each = [read_json(args.out / f"{method}-{seed}" / "results.json")["summary"] for seed in SEEDS]
+        scores[method] = mean([one["personalised"]["mean"] for one in each])
+    if args.page:
+        args.page.write_text(page(found, scores, toml))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""A site's own record of noisy steps: entered before they are made, kept at the site, never taken back.
+
+A round that is trained again is entered again, with new noise. The same noise would be wrong: the server may ask anew
+from another state, and two answers that differ in it but not in their noise tell what the noise hid. To leave an
+attempt out because its answer was never sent would need proof that it was not; none survives a crash. So epsilon may
+count too much, never too little. A request that comes twice gets the stored answer and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from confrere.choices import PrivacyChoice
+from confrere.errors import ConfigError, RunError, UpdateRefusedError
+from confrere.learner import TrainSettings
+from confrere.method import Method
+from confrere.privacy import calibrate_sigma, check_delta, finite
+from confrere.privacy.mechanism import Mechanism
+from confrere.privacy.noise import Source
+from confrere.privacy.spending import spent, within
+from confrere.record import journal
+from confrere.record.files import append_bytes
+from confrere.record.store import rounds_in
+from confrere.tensors import State
+from confrere.tokenset import TokenSet
+
+TOLERANCE = 2e-3
+"""Of the noise that a budget asks for, in units of the clip; on the side of more noise."""
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """The privacy of one site in one training.
+
+    Args:
+        mechanism: of every noisy step.
+        delta: of the guarantee.
+        limit: largest epsilon; 0 for none.
+        file: where debits are kept, in the folder of the site's states; None for memory, in throw-away simulations.
+    """
+
+    mechanism: Mechanism
+    delta: float
+    limit: float
+    file: Path | None = None
+    _memory: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
+
+    def debits(self) -> list[dict[str, Any]]:
+        """Return every debit so far.
+
+        Raises:
+            RunError: the file is damaged, or lacks a round whose answer is there: epsilon would be too small.
+        """
+        if self.file is None:
+            return list(self._memory)
+        found = [dict(event) for event in journal.read(self.file)[0]]
+        missing = set(rounds_in(self.file.parent)) - {event["round"] for event in found}
+        if missing:
+            what = f"the record of what was spent lacks round {min(missing)}, which was trained"
+            fix = "restore it from a copy; without it nobody knows epsilon"
+            raise RunError(what, where=str(self.file), fix=fix, code="privacy-ledger")
+        return found
+
+    def debit(self, round_: int, steps: int) -> None:
+        """Enter a round's noisy steps, on disk, before any of them is made.
+
+        Raises:
+            UpdateRefusedError: they would exceed the budget; nothing is entered.
+            RunError: as :meth:`debits`, or the file cannot be written.
+        """
+        known, new = self.debits(), self._entry(round_, steps)
+        if steps and self.limit and not within([*known, new], self.delta, self.limit):
+            what = f"the budget of epsilon {self.limit:g} does not cover this round"
+            raise UpdateRefusedError(what, fix="nothing: what was released stands", code="privacy-spent")
+        if self.file is None:
+            self._memory.append(new)
+            return
+        whole = journal.content(self.file)
+        events, head = journal.parse(whole, str(self.file))
+        append_bytes(self.file, len(whole), journal.seal([new], len(events) + 1, head)[0])
+
+    def exhausted(self, round_: int, steps: int) -> bool:
+        """Return whether the budget does not cover so many more steps."""
+        more = [*self.debits(), self._entry(round_, steps)]
+        return bool(self.limit and steps) and not within(more, self.delta, self.limit)
+
+    def said(self) -> dict[str, Any]:
+        """Return what results say of this site; an epsilon of None means no privacy."""
+        debits, own = self.debits(), self.mechanism
+        return {
+            "unit": own.unit,
+            "epsilon": finite(spent(debits, self.delta)),
+            "delta": self.delta,
+            "sigma": own.sigma,
+            "clip": own.clip,
+            "rate": own.rate,
+            "images": own.images,
+            "steps": sum(debit["steps"] for debit in debits),
+            "debits": len(debits),
+            "seeded": any(debit["seeded"] for debit in debits),
+        }
+
+    def salted(self, state: State, site: str, round_: int) -> State:
+        """Return a site's state with random bytes beside it: its digest travels, and would confirm a guess of it."""
+        salt = Source(self.mechanism.noise_seed, "salt", site, round_).uniform(8)
+        return {**state, "salt": {"salt": torch.from_numpy(salt)}}
+
+    def _entry(self, round_: int, steps: int) -> dict[str, Any]:
+        own = self.mechanism
+        what = {"sigma": own.sigma, "rate": own.rate, "clip": own.clip, "unit": own.unit}
+        return {"event": "debit", "round": round_, "steps": steps, **what, "seeded": bool(own.noise_seed)}
+
+
+def ledger_of(
+    method: Method, privacy: PrivacyChoice, settings: TrainSettings, data: TokenSet, rounds: int, folder: Path | None
+) -> Ledger | None:
+    """Return the ledger of a site that hides its images or patients, None where it does not, or sends nothing.
+
+    Args:
+        method: that is trained.
+        privacy: of the experiment.
+        settings: of local training: batch size and steps.
+        data: of the site.
+        rounds: of the run, for all of which the noise is made where the budget sets it.
+        folder: of the site's states; None for memory.
+
+    Raises:
+        ConfigError: delta is too large for so many, patients are not named, or no noise meets the budget.
+        MissingExtraError: dp-accounting is not installed.
+    """
+    rows = data.rows("train")
+    if privacy.unit not in ("record", "patient") or not method.sends or method.pools or not len(rows):
+        return None
+    units = len(rows) if privacy.unit == "record" else len(np.unique(data.groups[rows]))
+    if privacy.unit == "patient" and len(np.unique(data.groups)) == len(data.groups):
+        what = "no patient of this site has two images, or none is named"
+        fix = "name them; or use privacy.unit=record, which then hides as much"
+        raise ConfigError(what, where="privacy.unit", fix=fix, code="privacy")
+    check_delta(privacy.delta, units, "patients" if privacy.unit == "patient" else "images")
+    rate = min(1.0, settings.batch_size / units)
+    steps = sum(method.noised(settings.steps, r, rounds) or 0 for r in range(1, rounds + 1))
+    options = {"rounds": max(1, steps), "delta": privacy.delta, "rate": rate}
+    sigma = privacy.sigma or calibrate_sigma(privacy.epsilon, tolerance=TOLERANCE, **options)
+    mechanism = Mechanism(
+        unit="record" if privacy.unit == "record" else "patient",
+        units=units,
+        rate=rate,
+        sigma=sigma,
+        clip=privacy.clip,
+        images=privacy.images if privacy.unit == "patient" else 1,
+        noise_seed=privacy.noise_seed,
+    )
+    file = folder / "privacy.jsonl" if folder else None
+    return Ledger(mechanism=mechanism, delta=privacy.delta, limit=privacy.epsilon, file=file)
+
+
+def all_spent(event: Mapping[str, Any]) -> str:
+    """Return why no further round can follow the one of this event: every site that answered has spent its budget."""
+    sites = event["sites"].values()
+    return "every site has spent its privacy budget" if sites and all(s.get("spent") for s in sites) else ""

@@ -1,0 +1,92 @@
+"""The exact way: the rounds in which the forgotten had no part are taken over as they are, all others are done again.
+
+A run is reproducible to the bit, so the result is that of a run which never had them. It costs what the rounds after
+their first part cost: all of them for a site that took part from the start, fewer for one that was drawn late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from confrere.errors import RunError
+from confrere.federation.sampling import sample
+from confrere.fingerprint import begin, differences
+from confrere.forgetting.data import Opened
+from confrere.forgetting.way import Cost
+from confrere.job import Notify, Prepared, initial, plan, prepare, threads, train
+from confrere.record.files import write_bytes
+from confrere.record.run import Run
+from confrere.tensors import digest
+
+
+def rebuild(run: Path, opened: Opened, out: Path, notify: Notify = lambda event: None) -> Cost:
+    """Write to ``out`` the run that never had the forgotten; continue what an earlier call left unfinished.
+
+    Returns:
+        what was done; rounds of ``run`` whose answers were taken over count as reused.
+    """
+    experiment, new = opened.experiment, Run(out)
+    torch.set_num_threads(threads(experiment, opened.after))
+    drifted = bool(differences(run, opened.old))
+    begin(out, experiment, opened.after, accept_drift=False)
+    if not (out / "results.json").exists():
+        task = prepare(experiment, opened.after, notify)
+        torch.set_num_threads(threads(experiment, opened.after))
+        if not drifted:
+            take_over(Run(run), opened, task, new)
+        train(task, out, notify)
+    done = [event for event in new.events() if event["event"] == "round"]
+    again = [event for event in done if any(entry["seconds"] for entry in event["sites"].values())]
+    return Cost(
+        rounds=len(again),
+        reused=len(done) - len(again),
+        steps=experiment.train.steps * sum(sum(e["seconds"] > 0 for e in event["sites"].values()) for event in again),
+    )
+
+
+def take_over(old: Run, opened: Opened, task: Prepared, new: Run) -> int:
+    """Copy the sites' states and answers of all rounds that the forgotten had no part in; return how many rounds.
+
+    A site answers a request for which it has an answer with that answer: the loop goes through these rounds without
+    training, averages anew and judges anew, without those who are gone.
+    """
+    experiment, method = opened.experiment, task.method
+    # What was sent is not what is stored, noise is drawn anew, or the journal has no digest to check a state by.
+    if experiment.attack.sites or opened.noisy or experiment.masked:
+        return 0
+    own = not method.sends  # nobody learns from others: each site's states are right as long as its own data are
+    if not own and digest(method.init_server(initial(task, ""))) != _start(old):
+        return 0
+    way, rounds = plan(task, ""), 0
+    events = {event["round"]: event for event in old.events() if event["event"] == "round"}
+    for round_, event in sorted(events.items()):
+        asked = set(event["sites"])
+        now = set(sample(task.training_sites, way.fraction, way.seed, round_, way.sampling, way.train))
+        held = asked - opened.affected if own else asked
+        if event["refused"] or now - opened.affected != held or (asked & opened.affected and not own):
+            break
+        if not all(_copied(old, new, site, round_, event["sites"][site]) for site in sorted(held)):
+            break
+        rounds = round_
+    return rounds
+
+
+def _start(old: Run) -> str:
+    return digest(old.server(0)) if old.server_file(0).exists() else ""
+
+
+def _copied(old: Run, new: Run, site: str, round_: int, record: Mapping[str, Any]) -> bool:
+    """Copy state and answer of a round if they are there and what the journal says."""
+    store = old.store(site)
+    try:
+        state, reply = store.read(round_)
+        same = (digest(state), digest(reply.state)) == (record["kept"], record["stored"])
+        if same:
+            write_bytes(new.store(site).file(round_), store.file(round_).read_bytes())
+    except (RunError, OSError):
+        return False
+    return same

@@ -1,0 +1,157 @@
+"""RMIA, LiRA, the share used and the historical audit on invented models: a planted leak is found, none is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm, ttest_ind
+from seen import seen
+
+from confrere.audits import statistics
+from confrere.audits.audit import Choice, Interval
+from confrere.audits.historical import bits, p_used, signs, threshold
+from confrere.audits.membership import averaged, lira_score, on_references, rmia_score, rows, sides
+from confrere.audits.references import by_patient, confidence
+from confrere.audits.tapped import Guarantee
+from confrere.audits.usage import usage
+from confrere.errors import ConfigError
+
+
+def rmia(one):  # type: ignore[no-untyped-def]
+    return rmia_score(one, 0.4)
+
+
+@pytest.mark.parametrize("score", [lira_score, rmia])
+def test_a_planted_leak_is_found_and_nothing_is_found_without(score) -> None:  # type: ignore[no-untyped-def]
+    leaking = statistics.auc(*sides(score, [seen(2.0)]))
+    assert leaking.low is not None
+    assert leaking.low > 0.75
+    quiet = [statistics.auc(*sides(score, [seen(0.0, seed=seed)])) for seed in range(20)]
+    assert sum(not one.low <= 0.5 <= one.high for one in quiet) <= 3  # type: ignore[operator]
+    # Difficulty alone would hide it: patients differ by more than training changes.
+    plain = statistics.auc(*sides(lambda one: one.right, [seen(2.0)]))
+    assert plain.value < leaking.value  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("score", [lira_score, rmia])
+def test_placebo_is_quiet_and_known_references_show_the_power(score) -> None:  # type: ignore[no-untyped-def]
+    one = seen(2.0)
+    power = averaged([statistics.auc(*pair) for pair in on_references(score, [one], known=True)])
+    placebo = averaged([statistics.auc(*pair) for pair in on_references(score, [one], known=False)])
+    assert power.low > 0.65  # type: ignore[operator]
+    assert placebo.low < 0.5 < placebo.high  # type: ignore[operator]
+
+
+def test_lira_is_the_formula() -> None:
+    one = seen(1.0, members=5, others=5)
+    phi, phis = one.right - one.other, one.rights - one.others
+    out = [phis[~one.trained[:, k], k] for k in range(10)]
+    spread = np.sqrt(sum(((o - o.mean()) ** 2).sum() for o in out) / sum(len(o) - 1 for o in out))
+    chances = [norm.cdf(phi[k], out[k].mean(), spread) for k in range(10)]  # 1 - Pr[N > phi]
+    assert norm.cdf(lira_score(one)) == pytest.approx(chances)
+
+
+def test_rmia_is_the_formula() -> None:
+    one = seen(1.0, members=5, others=5)
+    own = [
+        np.exp(one.right[k]) / (0.5 * (1.4 * np.exp(one.rights[~one.trained[:, k], k]).mean() + 0.6)) for k in range(10)
+    ]
+    beside = np.exp(one.right_beside) / (0.5 * (1.4 * np.exp(one.rights_beside).mean(0) + 0.6))
+    counts = [(value / beside > 1).sum() for value in own]
+    assert np.floor(rmia_score(one, 0.4)) == pytest.approx(counts)
+    assert list(np.argsort(rmia_score(one, 0.4))) == list(np.argsort(own))
+    alone = replace(one, right_beside=np.zeros(0), rights_beside=np.zeros((4, 0)))  # no validation images
+    assert np.isfinite(rmia_score(alone, 0.4)).all()
+
+
+def test_a_reference_is_attacked_without_its_own_pair() -> None:
+    one = seen(1.0, references=6)
+    other = one.against(3)
+    assert (other.right == one.rights[3]).all()
+    assert (other.rights == one.rights[[0, 1, 4, 5]]).all()
+    assert ((~other.trained).sum(0) == 2).all()
+
+
+def test_images_of_a_patient_count_once_and_a_patient_on_both_sides_is_refused() -> None:
+    inside, outside = by_patient(np.array([1.0, 3.0, 5.0]), np.array([7, 7, 8]), np.array([True, True, False]))
+    assert (list(inside), list(outside)) == ([2.0], [5.0])
+    with pytest.raises(ConfigError, match="among members") as caught:
+        by_patient(np.array([1.0, 3.0]), np.array([7, 7]), np.array([True, False]))
+    assert caught.value.code == "audit"
+
+
+def test_confidence_does_not_cancel_where_a_model_is_sure() -> None:
+    right, other = confidence(torch.tensor([[60.0, 0.0, 0.0]]), np.array([0]))
+    assert other[0] == pytest.approx(-60 + np.log(2))
+    assert -1e-20 < right[0] <= 0
+
+
+def test_a_guarantee_bounds_what_it_covers_and_a_breach_is_called_one() -> None:
+    one = seen(2.0)
+    record = Guarantee(unit="record", epsilon=0.1, delta=1e-6)
+    found = rows("all", lira_score, [one], record, 0, main=True)
+    assert found[0].bound == pytest.approx(0.525, abs=0.001)
+    assert found[0].finding == "above bound"
+    assert found[1].bound is not None  # 1 % of 150 others can be seen,
+    assert found[2].bound is None  # 0.1 % cannot
+    assert found[2].finding == "cannot be said"
+    own = rows("all", lira_score, [replace(one, model="personalised")], record, 0, main=True)
+    assert all(row.bound is None for row in own)
+    hospital = replace(record, unit="hospital")
+    assert hospital.covers("general")
+    assert not hospital.covers("update")
+    assert hospital.of_patient(5) == (0.1, 1e-6)
+    assert record.of_patient(2) == (pytest.approx(0.2), pytest.approx(2 * np.exp(0.1) * 1e-6))
+    assert replace(record, epsilon=400.0).of_patient(2) == (800.0, 1.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_used_of_a_set_is_estimated(share: float) -> None:
+    found = [usage([seen(3.0, members=400, others=400, share=share, seed=seed)], 0, 200) for seed in range(4)]
+    assert all(sizes == (400, 400) for _, _, sizes in found)
+    assert np.mean([used.value for used, _, _ in found]) == pytest.approx(share, abs=0.07)
+    assert np.mean([unused.value for _, unused, _ in found]) == pytest.approx(0, abs=0.05)
+    assert all(used.low <= used.value <= used.high for used, _, _ in found)  # type: ignore[operator]
+
+
+def test_without_power_no_share_is_said() -> None:
+    for seed in range(10):
+        used, unused, _ = usage([seen(0.0, seed=seed)], 0, resamples=50)
+        assert used == unused == Interval()
+
+
+def test_the_historical_p_depends_on_the_number_of_misses_alone() -> None:
+    """Four of any number are p < 0.05: the whole test."""
+    for n in (50, 500, 5000):
+        found = [p_used(np.r_[np.zeros(m), np.ones(n - m)]) for m in range(5)]
+        assert found[0] == 1.0
+        assert found[1:] == pytest.approx([0.32, 0.157, 0.083, 0.045], abs=0.004)
+    count = np.r_[np.zeros(7), np.ones(60)]
+    assert p_used(count) == pytest.approx(ttest_ind(count, np.ones(67) + 1e-9 * np.arange(67)).pvalue, rel=1e-3)
+    assert p_used(np.zeros(5)) == 0.0
+
+
+def test_historical_signs_and_thresholds_are_as_described() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    found, predicted = signs(logits, np.array([0, 0, 1]))
+    assert list(predicted) == [0, 1, 1]
+    assert list(found[:, 0]) == [1.0, 0.0, 1.0]
+    p = 1 / (1 + np.exp(-2))
+    assert found[0, 1] == pytest.approx(p)
+    assert found[0, 2] == pytest.approx(p * np.log(p) + (1 - p) * np.log(1 - p))
+    inside, outside = np.array([0.9, 0.8, 0.3]), np.array([0.2, 0.4, 0.1])
+    slow = max(np.r_[inside, outside], key=lambda v: (inside >= v).mean() + (outside < v).mean())
+    assert threshold(inside, outside) == slow
+    assert threshold(np.zeros(0), np.zeros(0)) == float("inf")
+    nobody = (np.zeros((0, 3)), np.zeros(0, int))
+    assert list(bits((found, predicted), nobody, nobody)) == [1.0, 0.0, 1.0]  # only whether it is right
+
+
+@pytest.mark.parametrize("options", [{"references": 3}, {"references": 2}, {"patients": 0}, {"seed": -1}])
+def test_a_choice_that_cannot_be_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Choice(**options)  # type: ignore[arg-type]
+    assert caught.value.code == "audit"
