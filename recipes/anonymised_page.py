@@ -42,8 +42,16 @@ def title(arm: str) -> str:
     return names.get(kind, f"noisy gradients, epsilon {value}")
 
 
-def of_model(model: str, key: str) -> Callable[[Found], float | None]:
-    return lambda one: one[model].get(key)
+def of(*keys: str) -> Callable[[Found], float | None]:
+    """Return what reads a nested key."""
+
+    def get(one: Found) -> float | None:
+        value: Any = one
+        for key in keys:
+            value = value[key]
+        return value  # type: ignore[no-any-return]
+
+    return get
 
 
 def over_sites(key: str) -> Callable[[Found], float]:
@@ -69,20 +77,16 @@ def table(arms: Mapping[str, list[Found]], columns: Mapping[str, Callable[[Found
 
 def section(name: str, arms: Mapping[str, list[Found]]) -> list[str]:
     """Return the tables of one data set."""
-    mlp, logistic = (lambda key: of_model("mlp", key)), (lambda key: of_model("logistic", key))
+    frame = {arm.removeprefix("mlp:"): found for arm, found in arms.items() if arm.startswith("mlp:")}
+    arms = {arm: found for arm, found in arms.items() if not arm.startswith("mlp:")}
+    only_k = {arm: found for arm, found in arms.items() if arm.startswith("k-")}
     scores = {
-        "perceptron, AUC": mlp("auc_mapped"),
-        "accuracy": mlp("accuracy_mapped"),
-        "logistic, AUC": logistic("auc_mapped"),
-        "accuracy ": logistic("accuracy_mapped"),
+        "AUC": of("auc_mapped"),
+        "accuracy": of("accuracy_mapped"),
+        "members told": of("told"),
+        "its control": of("told_control"),
     }
-    shown = {
-        "box": mlp("auc_mapped"),
-        "Mahalanobis": mlp("auc_mahalanobis"),
-        "in the clear": mlp("auc_raw"),
-        "logistic, box": logistic("auc_mapped"),
-        "logistic, in the clear": logistic("auc_raw"),
-    }
+    shown = {"box": of("auc_mapped"), "Mahalanobis": of("auc_mahalanobis"), "in the clear": of("auc_raw")}
     lost = {
         "GCP of identifiers": over_sites("identifiers"),
         "loss of items": over_sites("items"),
@@ -91,35 +95,35 @@ def section(name: str, arms: Mapping[str, list[Found]]) -> list[str]:
         "l": worst_site("l", min),
         "t": worst_site("t", max),
     }
-    model = {
-        "perceptron": mlp("told"),
-        "its control": mlp("told_control"),
-        "logistic": logistic("told"),
-        "its control ": logistic("told_control"),
-    }
     in_table = {
-        "anonymised table": lambda one: one["membership"]["anonymised"],
-        "control: raw table": lambda one: one["membership"]["raw"],
-        "control: strangers": lambda one: one["membership"]["strangers"],
+        "anonymised table": of("membership", "anonymised"),
+        "control: raw table": of("membership", "raw"),
+        "control: strangers": of("membership", "strangers"),
     }
-    both: dict[str, Callable[[Found], float | None]] = {}
-    for key, said in (("pointed", "right row"), ("below_k", "among fewer than k"), ("told", "target told")):
-        for way in ("both", "alone", "stranger"):
-            both[f"{said}, {way}"] = lambda one, key=key, way=way: one["intersection"][way][key]  # type: ignore[misc]
-    only_k = {arm: found for arm, found in arms.items() if arm.startswith("k-")}
-    lines = [f"## {TITLES[name]}", "", "Test records as each arm shows new ones (k: smallest box of the union).", ""]
-    lines += [*table(arms, scores), "", "How test records are shown to a model of generalised tables (AUC):", ""]
-    lines += [*table(only_k, shown), "", "What was lost (0 to 1, mean over records), and what was counted:", ""]
-    lines += [*table(only_k, lost), "", "Members told from others by the model's loss (area under the curve; 0.5 is "]
-    lines[-1] += "chance; control: validation records taken for members):"
+    ways = ("both", "alone", "stranger")
+    said = {"pointed": "right row", "below_k": "among fewer than k", "told": "target told"}
+    both = {f"{text}, {way}": of("intersection", way, key) for key, text in said.items() for way in ways}
+    lines = [
+        f"## {TITLES[name]}",
+        "",
+        "Logistic regression, federated. New records as each arm shows them (k: smallest ",
+    ]
+    lines[-1] += (
+        "box of the union). Members told: area under the curve of telling training records from test records by "
+    )
+    lines[-1] += "their loss, 0.5 is chance; its control takes validation records for members."
+    lines += ["", *table(arms, scores), "", "The frame's perceptron (`mlp`, `fedit`) on the same tables:", ""]
+    lines += [*table(frame, scores), "", "How test records are shown to a model of generalised tables (AUC, logistic):"]
+    lines += ["", *table(only_k, shown), "", "What was lost (0 to 1, mean over records), and what was counted:", ""]
+    lines += [*table(only_k, lost), "", "Members of the middle site's table told from others by the table alone (area "]
+    lines[-1] += "under the curve):"
     lines += [
         "",
-        *table(arms, model),
+        *table(only_k, in_table),
         "",
-        "Members of the middle site's table told from others by the table alone:",
+        "Intersection of two sites' tables that share a fifth of one's units:",
         "",
     ]
-    lines += [*table(only_k, in_table), "", "Intersection of two sites' tables that share a fifth of one's units:", ""]
     return [*lines, *table(only_k, both), ""]
 
 

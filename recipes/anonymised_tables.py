@@ -13,7 +13,6 @@ import argparse
 import csv
 import itertools
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -199,11 +198,11 @@ def federated(task: Task, name: str, rows: Rows, prepare: Any, overrides: list[s
     return chances
 
 
-def judged(task: Task, chances: Any, show: Any, raw_show: Any) -> dict[str, float]:
+def judged(task: Task, chances: Any, show: Any) -> dict[str, float]:
     """Return accuracy and AUC on all sites' test records, and the attack on the model with its control."""
     test, val, train = task.all("test"), task.all("val"), task.all("train")
     found = {}
-    for name, way in (("mapped", show), ("raw", raw_show)):
+    for name, way in (("mapped", show), ("raw", task.clear)):
         p, y = chances(way(test)), task.truth(test)
         found |= {f"auc_{name}": float(roc_auc_score(y, p)), f"accuracy_{name}": float(((p > 0.5) == y).mean())}
     loss = {
@@ -228,33 +227,32 @@ def area(inside: Matrix, outside: Matrix) -> float:
 # --- one seed of one data set
 
 
-def both_models(task: Task, name: str, rows: Rows, show: Any, overrides: list[str]) -> dict[str, Any]:
-    """Return the scores of the perceptron and of logistic regression on the same tables."""
-    weights = fit(list(rows.values()), rounds=ROUNDS, lr=2.0, clip=math.inf)
-    return {
-        "mlp": judged(task, federated(task, name, rows, show, overrides), show, task.clear),
-        "logistic": judged(task, lambda x: chance(x, weights), show, task.clear),
-    }
+def trained(task: Task, name: str) -> tuple[Rows, Any, dict[str, Any], dict[str, Target]]:
+    """Return the tables of an arm, what shows new records as they are shown, what was counted, and releases."""
+    kind, _, value = name.partition("-")
+    if kind == "k":
+        rows, targets, told = generalised(task, int(value))
+        return rows, mapper(task, int(value), targets, "box"), {"sites": told}, targets
+    return (made_up(task, float(value)) if kind == "noisy" else raw(task)), task.clear, {}, {}
 
 
 def arm(task: Task, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Return the scores of an arm: ``mlp:`` of the frame's perceptron, else of logistic regression, with attacks."""
+    if name.startswith("mlp:"):
+        rows, show, _, _ = trained(task, name.removeprefix("mlp:"))
+        return judged(task, federated(task, name.replace(":", "-"), rows, show, overrides), show)
     kind, _, value = name.partition("-")
-    if kind == "raw":
-        return both_models(task, name, raw(task), task.clear, overrides)
-    if kind == "noisy":
-        return both_models(task, name, made_up(task, float(value)), task.clear, overrides)
+    rows, show, found, targets = trained(task, name)
+    private: dict[str, Any] = {}
     if kind == "dpsgd":
-        sigma = noise_for(float(value), DELTA, ROUNDS)
-        seed = derive(task.seed, "dpsgd", value)
-        weights = fit(list(raw(task).values()), rounds=ROUNDS, lr=2.0, clip=1.0, sigma=sigma, seed=seed)
-        return {"sigma": sigma, "logistic": judged(task, lambda x: chance(x, weights), task.clear, task.clear)}
-    rows, targets, told = generalised(task, int(value))
-    show = mapper(task, int(value), targets, "box")
-    found = {"sites": told, **both_models(task, name, rows, show, overrides)}
-    far = mapper(task, int(value), targets, "mahalanobis")
+        private = {"clip": 1.0, "sigma": noise_for(float(value), DELTA, ROUNDS), "seed": derive(task.seed, name)}
+    weights = fit(list(rows.values()), rounds=ROUNDS, lr=2.0, **private)
+    found |= judged(task, lambda x: chance(x, weights), show) | private
+    if kind != "k":
+        return found
     test = task.all("test")
-    p = federated(task, name, rows, show, overrides)(far(test))
-    found["mlp"] |= {"auc_mahalanobis": float(roc_auc_score(task.truth(test), p))}
+    p = chance(mapper(task, int(value), targets, "mahalanobis")(test), weights)
+    found["auc_mahalanobis"] = float(roc_auc_score(task.truth(test), p))
     return found | attacked(task, int(value), targets)
 
 
@@ -268,20 +266,22 @@ def attacked(task: Task, k: int, targets: dict[str, Target]) -> dict[str, Any]:
     copied = joined([other, large.take(np.flatnonzero(np.isin(large.units, shared)))])
     plan = task.plan_of(k)
     second = Target(plan, copied, anonymise(plan, copied))
-    return found | {"intersection": intersection(targets["large"], second, most=200, seed=task.seed)}
+    return found | {"intersection": intersection(targets["large"], second, most=100, seed=task.seed)}
 
 
-ARMS = ("raw", *(f"k-{k}" for k in KS), *(f"noisy-{e:g}" for e in EPSILONS), *(f"dpsgd-{e:g}" for e in EPSILONS))
+ARMS = ("raw", *(f"k-{k}" for k in KS), *(f"{kind}-{e:g}" for kind in ("noisy", "dpsgd") for e in EPSILONS))
+OF_FRAME = ("mlp:raw", "mlp:k-5", "mlp:noisy-1")
+"""Arms on which the frame's perceptron is trained, too."""
 
 
 def results(data: Path, out: Path, names: Sequence[str], seeds: Sequence[int], overrides: list[str]) -> dict[str, Any]:
     """Return ``{set: {arm: [found of each seed]}}``; each is computed once."""
-    made: dict[str, Any] = {name: {one: [] for one in ARMS} for name in names}
+    made: dict[str, Any] = {name: {one: [] for one in (*ARMS, *OF_FRAME)} for name in names}
     rows: dict[str, list[dict[str, str]]] = {}
-    for seed, name in itertools.product(seeds, names):
+    for arms, seed, name in itertools.product((ARMS, OF_FRAME), seeds, names):
         task: Task | None = None
-        for one in ARMS:
-            kept = out / name / str(seed) / f"{one}.json"
+        for one in arms:
+            kept = out / name / str(seed) / f"{one.replace(':', '-')}.json"
             if not kept.exists():
                 rows[name] = rows.get(name) or SETS[name].rows(data)
                 task = task or Task(SETS[name], rows[name], seed, out / name / str(seed))

@@ -2,9 +2,9 @@
 
     python recipes/lesion_boxes.py DATA --out results/lesion-boxes
 
-DATA and the drawing of lesions are those of ``lesion_masks.py``; a box goes around each connected part of a mask, almost
-always one an image. Three seeds. Splits are by lesion; rounds are chosen by validation images; test images are examined
-once at the end of each run.
+DATA and the drawing of lesions are those of ``lesion_masks.py``; a box goes around each connected part of a mask,
+almost always one an image. Three seeds. Splits are by lesion; rounds are chosen by validation images; test images are
+examined once at the end of each run.
 """
 
 from __future__ import annotations

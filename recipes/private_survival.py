@@ -101,7 +101,7 @@ SETTINGS: dict[str, Any] = {
     "hold_out": "test",
     "backbone": {"name": "mlp"},
     "adapter": {"rank": 2, "blocks": 2, "dropout": 0.0},
-    "train": {"batch_size": 256, "lr": 4e-3, "steps": 4, "balance": "none"},
+    "train": {"lr": 4e-3, "steps": 4, "balance": "none"},  # full batches
     "federation": {"sampling": "poisson", "fraction": 0.5, "weights": "equal"},
     "gate": {"norm": 0.0, "factor": 0.0},
     "rounds": 50,

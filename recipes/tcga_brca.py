@@ -1,6 +1,8 @@
 """Survival after breast cancer in six regions of TCGA-BRCA: methods beside training alone and pooled training.
 
     python recipes/tcga_brca.py DATA --out results/tcga-brca
+    python recipes/tcga_brca.py DATA --out results/tcga-brca-cox --methods fedit,fedadam,pooled task.curve=cox
+    python recipes/tcga_brca.py DATA --out results/tcga-brca-private --private
 
 DATA holds ``brca.csv``, ``centers.csv`` and ``train_test_split.csv`` of FLamby's Fed-TCGA-BRCA. Its split between
 train and test is kept; a fifth of each region's training patients judges the rounds. Time is in years; whoever left on
@@ -21,6 +23,9 @@ from confrere.errors import DataError
 from confrere.seeds import numpy_generator
 
 METHODS = ("fedopal", "fedit", "fedadam", "fedper", "ditto", "local", "pooled")
+EQUAL = "federation.weights=equal:gate.norm=0:gate.factor=0:privacy.delta=1e-3"
+PRIVATE = (f"dpfed:post=0.0:{EQUAL}", f"dpfed:{EQUAL}", f"dpfed:post=0.0:sigma=0.0:{EQUAL}")
+"""Plain DPFed and DPFed-post with noise of twice the clip, and the clip alone."""
 SEEDS = (0, 1, 2)
 YEAR = 365.25
 SETTINGS: dict[str, Any] = {
@@ -71,12 +76,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/tcga-brca"))
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--private", action="store_true", help="the methods with noise instead")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     table = prepare(args.data, args.out)
     experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, args.overrides))
-    compared(experiment, args.methods, SEEDS, args.out / "compare", args.jobs)
+    methods = ",".join(PRIVATE) if args.private else args.methods
+    compared(experiment, methods, SEEDS, args.out / "compare", args.jobs)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Pictures that predictions are shown in: PNG files, masks in the place of their images, outlines."""
+"""Pictures that predictions are shown in: PNG files, masks in the place of their images, outlines, boxes."""
 
 from __future__ import annotations
 
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ORANGE = (230, 85, 13)
 LEGIBLE = 336  # pixels: small pictures are drawn larger
@@ -33,6 +33,16 @@ def placed(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     out[top : top + inner[0], left : left + inner[1]] = np.asarray(large)
     return out
+
+
+def framed(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) beside itself with boxes (M, 4+), in 0..1, drawn on it."""
+    marked = Image.fromarray(image)
+    pen, (height, width) = ImageDraw.Draw(marked), image.shape[:2]
+    for box in boxes:
+        low, high = box[:2] * (width, height), box[2:4] * (width, height) - 1
+        pen.rectangle([*map(round, low.tolist()), *map(round, np.maximum(low, high).tolist())], outline=ORANGE)
+    return np.concatenate([image, np.asarray(marked)], axis=1)
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

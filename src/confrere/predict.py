@@ -23,6 +23,7 @@ from confrere.data.paths import Root
 from confrere.errors import BackboneError, DataError, RunError
 from confrere.method import Method, make
 from confrere.pictures import outlined, placed, png
+from confrere.predict_boxes import predict_boxes
 from confrere.predict_volumes import predict_volumes
 from confrere.record.files import read_json, write_bytes
 from confrere.tasks import make_task
@@ -215,7 +216,7 @@ def predict_folder(
 
     Of a model for masks: a CSV with each class's share of the pixels, and beside it a folder of masks, as large as the
     images; what the model did not see, as it was cut off, is background. An overlay shows the mask's outline. Of a
-    model for volumes: see :mod:`confrere.predict_volumes`.
+    model for volumes: see :mod:`confrere.predict_volumes`; for boxes: :mod:`confrere.predict_boxes`.
 
     Returns the number of rows and one line per file that could not be read; such files are left out.
 
@@ -241,6 +242,10 @@ def predict_folder(
         raise DataError(
             "none of the files is a readable image", where=str(source), fix="\n  ".join(problems[:5]), code="prediction"
         )
+    if predictor.backbone.task.target == "boxes":
+        given = [fit_for_csv(name) for name in names]
+        predict_boxes(predictor, images, given, sizes, out, overlays=overlays, batch_size=batch_size)
+        return len(images), problems
     rows: list[np.ndarray] = []
     dense = predictor.backbone.task.dense
     for start in range(0, len(images), batch_size):
@@ -277,12 +282,16 @@ def _decode(
     return images, names, sizes, problems
 
 
+def fit_for_csv(name: str) -> str:
+    """Return a path to the same file that is no formula to a spreadsheet."""
+    return f"./{name}" if name[0] in "=+-@" else name
+
+
 def _csv(names: Sequence[str], rows: Sequence[np.ndarray], columns: Sequence[str], *, named: bool) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", *(["predicted"] if named else []), *columns])
     for name, row in zip(names, rows, strict=True):
-        safe = f"./{name}" if name[0] in "=+-@" else name  # the same file, and no formula to a spreadsheet
         best = [columns[int(row.argmax())]] if named else []
-        writer.writerow([safe, *best, *(f"{p:.6f}" for p in row)])
+        writer.writerow([fit_for_csv(name), *best, *(f"{p:.6f}" for p in row)])
     return text.getvalue().encode(errors="surrogateescape")  # file names need not be UTF-8

@@ -30,7 +30,7 @@ ROWS = [
     {"consistency"},
     {"report", "verdicts", "export", "listing", "config"},
     {"pretrain", "examination", "fingerprint", "opening", "arguments"},
-    {"predict_volumes"},
+    {"predict_volumes", "predict_boxes"},
     {"job", "track", "demo", "progress"},
     {"compare", "predict", "verify", "doctor"},
     {"onboard", "ranks", "consortium", "watch", "anonymise", "audits", "forgetting"},

@@ -203,7 +203,7 @@ def test_prolin_finds_who_has_the_property_and_draws_by_its_seed() -> None:
     s = system(9, rounds=24)
     scores = np.where(truth > 0, s.mean_with[:, None], s.mean_without[:, None]) + 0.3 * rng.normal(size=s.A.shape)
     s = replace(s, b=(s.A * scores).sum(1))
-    found = property_prolin.prolin(s, steps=3000)
+    found = property_prolin.prolin(s, steps=2500)
     assert ((found > 0.5) == (truth > 0)).all()
     assert ((found >= 0) & (found <= 1)).all()
     np.testing.assert_array_equal(property_prolin.prolin(s, steps=50), property_prolin.prolin(s, steps=50))

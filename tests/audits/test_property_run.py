@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,7 @@ def test_shadows_hold_no_training_image_and_the_share_they_are_said_to(plain: Au
     assert all((a == b).all() for a, b in zip(made.sets, again.sets, strict=True))
 
 
+@pytest.mark.slow
 def test_the_audit_of_a_run_says_what_it_found(plain: AuditedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "SHADOWS", 20)
     found = audit.property_inference(plain, Choice())
@@ -148,10 +150,9 @@ def test_marks_that_do_not_fit_or_mark_nothing_are_refused(plain: AuditedRun) ->
         assert caught.value.code == "audit"
 
 
-def test_rounds_whose_states_are_gone_are_left_out(
-    cache: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = opened(data, tmp_path / "run")
+def test_rounds_whose_states_are_gone_are_left_out(plain: AuditedRun, tmp_path: Path) -> None:
+    shutil.copytree(plain.path, tmp_path / "run")
+    run = replace(plain, path=tmp_path / "run")
     for round_ in range(3):
         round_file(run.path / "server", round_).unlink()
     with pytest.raises(ConfigError) as caught:

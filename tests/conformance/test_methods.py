@@ -5,8 +5,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -38,14 +39,20 @@ def site_states(sites: Mapping[str, object], rounds: int) -> dict[str, str]:
     return {name: digest(site.store.before(rounds + 1) or {}) for name, site in sites.items()}  # type: ignore[attr-defined]
 
 
+@cache
+def plain(method: Method) -> tuple[str, dict[str, str]]:
+    """Return the digests of server and sites after an ordinary run, made once for all tests of a method."""
+    with TemporaryDirectory() as folder:
+        final, sites = tiny_run(method, Path(folder))
+        return digest(final), site_states(sites, 3)
+
+
 @every
 def test_same_seed_same_bytes_and_another_seed_differs(method: Method, tmp_path: Path) -> None:
-    one, sites_one = tiny_run(method, tmp_path / "1")
-    two, sites_two = tiny_run(method, tmp_path / "2")
-    other, sites_other = tiny_run(method, tmp_path / "3", seed=1)
-    assert digest(one) == digest(two)
-    assert site_states(sites_one, 3) == site_states(sites_two, 3)
-    assert (digest(one), site_states(sites_one, 3)) != (digest(other), site_states(sites_other, 3))
+    same, same_sites = tiny_run(method, tmp_path / "same")
+    other, other_sites = tiny_run(method, tmp_path / "other", seed=1)
+    assert (digest(same), site_states(same_sites, 3)) == plain(method)
+    assert (digest(other), site_states(other_sites, 3)) != plain(method)
 
 
 class Shuffled(InProcess):
@@ -82,24 +89,20 @@ class Disk(InProcess):
 
 @every
 def test_order_of_replies_and_the_wire_do_not_matter(method: Method, tmp_path: Path) -> None:
-    plain, plain_sites = tiny_run(method, tmp_path / "1")
     for kind, transport in (("order", Shuffled), ("wire", lambda s: Disk(s, tmp_path))):
         sites = tiny_sites(method)
         server = method.init_server(initial_params(backbone_of(method), method, ""))
         final = federate(method, server, transport(sites), tiny_plan(method), Run(tmp_path / kind))
-        assert digest(final) == digest(plain), kind
-        assert site_states(sites, 3) == site_states(plain_sites, 3), kind
+        assert (digest(final), site_states(sites, 3)) == plain(method), kind
 
 
 @every
-@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_no_byte(method: Method, workers: int, tmp_path: Path) -> None:
-    plain, plain_sites = tiny_run(method, tmp_path / "1")
     sites = tiny_sites(method)
     server = method.init_server(initial_params(backbone_of(method), method, ""))
     final = federate(method, server, InProcess(sites, workers), tiny_plan(method), Run(tmp_path / "many"))
-    assert digest(final) == digest(plain)
-    assert site_states(sites, 3) == site_states(plain_sites, 3)
+    assert (digest(final), site_states(sites, 3)) == plain(method)
 
 
 @every
@@ -148,7 +151,6 @@ def test_inputs_are_not_changed(method: Method) -> None:
 
 @every
 def test_resume_equals_the_uninterrupted_run(method: Method, tmp_path: Path) -> None:
-    whole, whole_sites = tiny_run(method, tmp_path / "whole", rounds=3, disk=True)
     # Interrupted after the sites of round 3 answered, before the server committed it.
     _, sites = tiny_run(method, tmp_path / "cut", rounds=3, disk=True)
     run = Run(tmp_path / "cut")
@@ -156,8 +158,7 @@ def test_resume_equals_the_uninterrupted_run(method: Method, tmp_path: Path) -> 
     run.events_file.write_text("\n".join(kept) + "\n" + '{"event": "rou')
     run.server_file(3).unlink()
     resumed, sites = tiny_run(method, tmp_path / "cut", rounds=3, disk=True)
-    assert digest(resumed) == digest(whole)
-    assert site_states(sites, 3) == site_states(whole_sites, 3)
+    assert (digest(resumed), site_states(sites, 3)) == plain(method)
 
 
 def stirred(method: Method, site: str) -> Tensors:

@@ -24,6 +24,8 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword  # noqa: E402
 from confrere.data import decode as pictures  # noqa: E402
 from confrere.data import dicom, dicom_checks  # noqa: E402
 from confrere.data.decode import BadImageError, Decoded  # noqa: E402
+from confrere.data.federation import load_federation  # noqa: E402
+from confrere.data.options import DataOptions  # noqa: E402
 from confrere.errors import MissingExtraError  # noqa: E402
 
 EXPLICIT, IMPLICIT, BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
@@ -880,3 +882,26 @@ def test_threads_leave_filters_and_levels_as_they_were():
 def test_warnings_of_others_pass_meanwhile():
     with dicom._reading(), pytest.warns(UserWarning, match="ours"):
         warnings.warn("ours", stacklevel=1)
+
+
+def test_files_of_one_patient_are_in_one_split(tmp_path):
+    numbers = ["11", "11", "12", "12", "13", "13", "14", "14", "15", "15", "", ""]
+    for site in ("north", "south"):
+        for index, number in enumerate(numbers):
+            folder = tmp_path / "data" / site / "ab"[index % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            content = written(
+                ramp(index, 100 + index + 7 * (site == "south")), PatientID=site[0] * bool(number) + number
+            )
+            (folder / f"{index}.dcm").write_bytes(content)
+    options = DataOptions(val=0.2, test=0.3)
+    found = [
+        load_federation(tmp_path / "data", options=options, image_size=(8, 8), seed=0, cache=tmp_path / "cache")
+        for _ in range(2)
+    ]
+    assert found[0].digest == found[1].digest  # the salt, which is new each time, decides nothing
+    for site in found[0].sites:
+        assert sorted(np.bincount(np.unique(site.groups, return_inverse=True)[1]).tolist()) == [1, 1, 2, 2, 2, 2, 2]
+        for group in np.unique(site.groups):
+            assert len(set(site.split[site.groups == group].tolist())) == 1
+    assert not any("No patient is named" in warning for warning in found[0].sheet["warnings"])

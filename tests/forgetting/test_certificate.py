@@ -85,6 +85,7 @@ def test_a_changed_certificate_is_noticed(tmp_path: Path, run: Path) -> None:
     assert caught.value.code == "verification"
 
 
+@pytest.mark.slow
 def test_a_signature_of_something_else_does_not_hold(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_what_an_approximate_way_makes_predicts_and_cannot_be_resumed(tmp_path: 
     assert verify(out)[0].rounds == 0
 
 
+@pytest.mark.slow
 def test_an_approximate_result_of_data_that_are_gone_cannot_be_resumed_either(tmp_path: Path, data: Path) -> None:
     place = Path(shutil.copytree(data, tmp_path / "data"))
     run = trained(place, tmp_path / "run", rounds=1)

@@ -26,7 +26,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
     return max(float((one[n] - other[n]).norm() / other[n].norm()) for n in other)
 
 
-@pytest.mark.parametrize("weights", ["images", "equal"])
+@pytest.mark.parametrize("weights", ["images", pytest.param("equal", marks=pytest.mark.slow)])
 def test_a_site_is_subtracted(tmp_path: Path, data: Path, weights: str) -> None:
     run = trained(data, tmp_path / "run", federation={"weights": weights}, **CHOICES)
     found = forget(run, Whom(site=SITE), tmp_path / "new", by="downdate")
@@ -46,6 +46,7 @@ def test_patients_are_subtracted_by_looking_at_them_alone(tmp_path: Path, data: 
     assert 0 < found["cost"]["passes"] <= sum(len(list(data.rglob(f"{name}__*"))) for name in names)
 
 
+@pytest.mark.slow
 def test_weights_by_class_cannot_be_subtracted(tmp_path: Path, data: Path, original: Path) -> None:
     run = trained(data, tmp_path / "run", **CHOICES)
     names = patients_of(data, SITE, run)[:2]
@@ -56,6 +57,7 @@ def test_weights_by_class_cannot_be_subtracted(tmp_path: Path, data: Path, origi
         forget(original, Whom(site=SITE), tmp_path / "other", by="downdate")
 
 
+@pytest.mark.slow
 def test_a_masked_sum_has_no_single_answers(tmp_path: Path, data: Path) -> None:
     run = trained(data, tmp_path / "run", secure={"aggregation": True}, gate={"norm": 0.0, "factor": 0.0}, **CHOICES)
     with pytest.raises(ConfigError, match="answers are not here"):

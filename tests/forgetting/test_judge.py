@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -40,6 +40,7 @@ def model(seed: int, *, gauge: float = 1.0, far: float = 1.0) -> Answer:
     )
 
 
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), gauge=st.floats(0.1, 10))
 def test_distances_are_those_of_full_matrices(seed: int, gauge: float) -> None:
     one, other = model(seed), model(seed + 1, gauge=gauge)
@@ -62,6 +63,7 @@ def test_distances_are_those_of_full_matrices(seed: int, gauge: float) -> None:
     assert distances(one, one, SLOTS)["test"] == 0
 
 
+@settings(max_examples=25)
 @given(data=st.data())
 def test_membership_is_the_chance_to_tell_two_patients_apart(data: st.DataObject) -> None:
     count = st.integers(1, 8)

@@ -78,6 +78,7 @@ def test_patients_who_were_only_tested_cost_no_step(tmp_path: Path, run: Path, d
     assert gold[LAST] == states(run)[LAST]
 
 
+@pytest.mark.slow
 def test_where_nobody_learns_from_others_only_one_site_trains_again(tmp_path: Path, data: Path) -> None:
     run = trained(data, tmp_path / "run", method="local")
     name = patients_of(data, SITE, run)[0]
@@ -86,6 +87,7 @@ def test_where_nobody_learns_from_others_only_one_site_trains_again(tmp_path: Pa
     assert states(tmp_path / "new") == states(never_had(run, data, tmp_path / "gold", patients=(name,)))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_the_journals_is_not_taken_over(tmp_path: Path, run: Path, data: Path) -> None:
     name = patients_of(data, SITE, run, "test")[0]
     store = Run(run).store("ashford")
@@ -95,6 +97,7 @@ def test_a_state_that_is_not_the_journals_is_not_taken_over(tmp_path: Path, run:
     assert states(tmp_path / "new")[LAST] == states(run)[LAST]
 
 
+@pytest.mark.slow
 def test_a_rebuild_that_was_stopped_goes_on(tmp_path: Path, run: Path) -> None:
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "round" and event["round"] == 2:
@@ -107,6 +110,7 @@ def test_a_rebuild_that_was_stopped_goes_on(tmp_path: Path, run: Path) -> None:
     assert states(tmp_path / "new") == states(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_site_whose_data_are_gone_already_is_forgotten(tmp_path: Path, data: Path) -> None:
     place = Path(shutil.copytree(data, tmp_path / "data"))
     run = trained(place, tmp_path / "run")
@@ -116,6 +120,7 @@ def test_a_site_whose_data_are_gone_already_is_forgotten(tmp_path: Path, data: P
     assert states(tmp_path / "after") == states(tmp_path / "before")
 
 
+@pytest.mark.slow
 def test_a_class_that_only_the_site_had_stays_in_the_head(tmp_path: Path, data: Path) -> None:
     place = Path(shutil.copytree(data, tmp_path / "data"))
     (place / SITE / "zoster").mkdir()

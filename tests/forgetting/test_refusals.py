@@ -166,6 +166,7 @@ def test_data_that_changed(tmp_path: Path, data: Path) -> None:
         shutil.rmtree(place / SITE, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_what_needs_the_forgotten_images_says_so(tmp_path: Path, data: Path) -> None:
     place = Path(shutil.copytree(data, tmp_path / "data"))
     run = trained(place, tmp_path / "run", rounds=1)
@@ -188,6 +189,7 @@ def test_one_retrained_model_is_no_judge(tmp_path: Path, run: Path) -> None:
         forget(run, Whom(site=SITE), tmp_path / "new", retrain=1)
 
 
+@pytest.mark.slow
 def test_a_method_without_one_model_of_classes_is_not_judged(tmp_path: Path, data: Path) -> None:
     run = trained(data, tmp_path / "run", rounds=1, method="ditto")
     with pytest.raises(ConfigError, match="could be measured") as caught:
@@ -195,6 +197,7 @@ def test_a_method_without_one_model_of_classes_is_not_judged(tmp_path: Path, dat
     assert caught.value.code == "forgetting"
 
 
+@pytest.mark.slow
 def test_answers_that_are_not_kept(tmp_path: Path, data: Path) -> None:
     run = trained(data, tmp_path / "run", record={"keep": 1})
     with pytest.raises(ConfigError, match="not kept") as caught:
@@ -202,6 +205,7 @@ def test_answers_that_are_not_kept(tmp_path: Path, data: Path) -> None:
     assert (caught.value.code, "record.keep" in caught.value.fix) == ("forgetting", True)
 
 
+@pytest.mark.slow
 def test_a_site_that_was_held_out_taught_nothing(tmp_path: Path, data: Path) -> None:
     run = trained(data, tmp_path / "run", hold_out=SITE, rounds=1)
     assert stored_experiment(run).hold_out == SITE

@@ -63,7 +63,7 @@ def test_a_frame_has_what_goes_and_what_stays(of_site: Frame, of_patients: Frame
 
 
 @pytest.mark.parametrize("name", sorted(WAYS))
-@pytest.mark.parametrize("whom", ["site", "patients"])
+@pytest.mark.parametrize("whom", ["site", pytest.param("patients", marks=pytest.mark.slow)])
 def test_a_way_gives_the_same_form_and_the_same_bytes_again(
     of_site: Frame, of_patients: Frame, name: str, whom: str
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_way_gives_the_same_form_and_the_same_bytes_again(
         assert all(torch.equal(t, again[n]) for n, t in made.items())
 
 
-@pytest.mark.parametrize("whom", ["site", "patients"])
+@pytest.mark.parametrize("whom", ["site", pytest.param("patients", marks=pytest.mark.slow)])
 def test_negative_gradients_raise_the_loss_of_the_forgotten(of_site: Frame, of_patients: Frame, whom: str) -> None:
     frame = fresh(of_site if whom == "site" else of_patients)
     learnt = WAYS["neggrad"](frame, {"rounds": 2, "beta": 1.0})
@@ -154,6 +154,7 @@ def test_the_eraser_keeps_lengths_and_what_needs_no_calibration(of_site: Frame) 
     assert float(sq_dist(long, zero)) == pytest.approx(float(sq_dist(update, zero)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_student_without_a_teacher_is_trained_anew(of_site: Frame) -> None:
     frame = fresh(of_site)
     made = WAYS["distillation"](frame, {"rounds": 1, "temperature": 4.0, "lam": 0.0})

@@ -171,6 +171,10 @@ def test_the_smooth_score_rises_with_scores_and_overlaps() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         evaluate_boxes(
-            np.zeros((2, 1, 6)), np.zeros((3, 1, 5)), np.arange(2), classes=("a", "b"), generator=numpy_generator(0, "x")
+            np.zeros((2, 1, 6)),
+            np.zeros((3, 1, 5)),
+            np.arange(2),
+            classes=("a", "b"),
+            generator=numpy_generator(0, "x"),
         )
     assert caught.value.code == "metric-input"

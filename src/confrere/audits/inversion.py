@@ -32,7 +32,7 @@ from confrere.seeds import numpy_generator
 from confrere.tensors import Tensors, sub
 from confrere.tokenset import TokenSet
 
-FEATURES, TOKENS, STEPS, PUBLIC = 16, 4, 150, 64
+FEATURES, TOKENS, STEPS, PUBLIC = 12, 4, 60, 64
 """Images whose feature, and whose tokens, are rebuilt; steps of the latter; images from which means are known."""
 
 

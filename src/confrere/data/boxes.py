@@ -106,14 +106,24 @@ def cut(boxes: NDArray[np.float64], given: tuple[int, int], size: tuple[int, int
 
     An image is scaled to cover ``size`` and cut at its centre; what is less than a pixel wide or high is left out.
     """
-    height, width = given
-    scale = min(height / size[0], width / size[1])
-    seen = np.array([size[1] * scale, size[0] * scale] * 2)
-    corner = np.array([width - seen[0], height - seen[1]] * 2) / 2
+    corner, seen = _centre(given, size)
     out = boxes.astype(np.float32)
     out[:, :4] = np.clip((boxes[:, :4] - corner) / seen, 0.0, 1.0)
     pixels = (out[:, 2:4] - out[:, :2]) * (size[1], size[0])
     return out[(pixels >= 1 - 1e-3).all(1)]
+
+
+def uncut(boxes: NDArray[np.float64], given: tuple[int, int], size: tuple[int, int]) -> NDArray[np.float64]:
+    """Return boxes (M, 4+), in 0..1 of an image cut to ``size``, in pixels of the ``given`` (height, width) it had."""
+    corner, seen = _centre(given, size)
+    return np.concatenate([boxes[:, :4] * seen + corner, boxes[:, 4:]], axis=1)
+
+
+def _centre(given: tuple[int, int], size: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return corner and size (4,), x and y twice, of what a cut leaves, in pixels before it."""
+    scale = min(given[0] / size[0], given[1] / size[1])
+    seen = np.array([size[1] * scale, size[0] * scale] * 2)
+    return (np.array([given[1], given[0]] * 2) - seen) / 2, seen
 
 
 def around(mask: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from confrere.data.division import divided
 from confrere.data.images import Federation, SiteImages
 from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name
+from confrere.data.patients import with_patients
 from confrere.data.register import DUPLICATE, Registration, hash_rows, register, with_times
 from confrere.data.sources import Listing, names_of, read_listing, renamed
 from confrere.data.table import ALL, EVENTS
@@ -67,9 +68,9 @@ def examine(
     if table:
         hashes, problems = table.hash_rows(listing)
     else:
-        hashes, problems = (
-            hash_volumes(listing.rows) if grid else hash_rows(listing.rows, max_pixels=options.max_pixels)
-        )
+        of_rows = hash_volumes if grid else partial(hash_rows, max_pixels=options.max_pixels)
+        hashes, problems = of_rows(listing.rows)
+        hashes = with_patients(hashes)
     problems = [*listing.problems, *problems]
     how = listing.partition or options.partition
     if how is not None:

@@ -78,7 +78,7 @@ class Detection(Task):
         last[head.BIAS][: outputs - SIDES] = math.log(RARE / (1 - RARE))
         return found | last
 
-    def apply(self, params: Tensors, features: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, params: Tensors, features: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return raw maps (B, K - 1 + 5, 2 h, 2 w) of patches (B, h, w, D)."""
         given = {name: value.to(features.device) for name, value in params.items() if name.startswith("head.")}
         reduced = nn.functional.linear(features, given["head.reduce.weight"], given["head.reduce.bias"])
