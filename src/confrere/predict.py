@@ -37,6 +37,9 @@ class Predictor:
         folder = _below(run / "adapters", site)
         if not (folder / "head.json").exists():
             known = sorted(p.parent.name for p in (run / "adapters").glob("*/head.json"))
+            if any((run / "adapters").glob("*/backbone")):
+                fix = "give its backbone to `confrere run` (docs/pretraining.md)"
+                raise RunError("this run learnt no labels", where=str(run), fix=fix, code="prediction")
             raise RunError(
                 f"the run holds no adapters of site {site!r}",
                 where=str(run),

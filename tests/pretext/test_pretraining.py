@@ -20,8 +20,9 @@ from confrere.config import override, validate
 from confrere.console import start
 from confrere.data.options import DataOptions
 from confrere.data.sources import read_listing
-from confrere.errors import BackboneError, ConfigError
+from confrere.errors import BackboneError, ConfigError, RunError
 from confrere.job import run_experiment
+from confrere.predict import Predictor
 from confrere.pretrain import GENERAL, pretraining
 from confrere.record.files import read_json, read_state
 from confrere.seeds import numpy_generator, torch_generator
@@ -207,6 +208,8 @@ def test_a_run_makes_a_backbone_that_a_run_takes(method: str, tmp_path: Path, mo
     own = dict(backbone.anatomy.root.named_parameters())["embeddings.cls_token"]
     assert any(torch.equal(own, token) for token in tokens)
     assert results["task"]["headline"] == "explained"
+    with pytest.raises(RunError, match="learnt no labels"):
+        Predictor(out, "north")
     assert 0 <= results["summary"]["personalised"]["mean"] <= 1
 
 
