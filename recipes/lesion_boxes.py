@@ -27,9 +27,9 @@ SETTINGS: dict[str, Any] = {
     "data": {"classes": ["background", "lesion"], "image_size": [140, 140]},
     "backbone": {"name": "dinov2-small-imgfocus", "depth": 8},
     "adapter": {"blocks": 1},
-    "train": {"batch_size": 8, "lr": 1e-3, "steps": 8, "views": 2},
-    "rounds": 5,
-    "selection": {"every": 5},
+    "train": {"batch_size": 4, "lr": 3e-3, "steps": 10, "views": 2},
+    "rounds": 4,
+    "selection": {"every": 4},
 }
 
 

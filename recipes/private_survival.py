@@ -210,7 +210,7 @@ def trained_together(task: Prepared, starts: Sequence[Tensors], drawn: Sequence[
     )  # of nobody: censored at 0, no loss
     share = torch.tensor([most / len(batch.tokens) for batch in batches] * times)
     stack = {n: torch.stack([start[n] for start in starts]).requires_grad_() for n in sorted(starts[0])}
-    loss = backbone.task.objective("likelihood")
+    loss = backbone.task.objective(backbone.task.losses[0])
     each = torch.func.vmap(lambda params, rows, truth: loss(backbone.logits(params, rows), truth))
     optimiser = AdamW(list(stack.values()), lr=choice.lr, weight_decay=choice.weight_decay)
     for _ in range(choice.steps):

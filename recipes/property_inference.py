@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ham10000 import prepare
 from property_digits import auc, interval
 
 from confrere.audits.audit import Choice
+from confrere.audits.property import posterior
 from confrere.audits.property_inference import Inferred, infer, skill
 from confrere.audits.property_shadows import Property
 from confrere.audits.tapped import open_run
@@ -94,6 +96,9 @@ def summary(found: Inferred) -> dict[str, Any]:
     many = found.truth > (MANY + FEW) / 2
     inside = (found.truth >= found.estimate.low) & (found.truth <= found.estimate.high)
     mixed = found.mixed
+    level = posterior(replace(found.system, shift=0.0), found.guess / found.high)
+    trusted = np.clip(level.mean, 0, 1) * found.high
+    inside_trusted = (found.truth >= level.low * found.high) & (found.truth <= level.high * found.high)
     return {
         "AUC": auc(many, found.estimate.mean),
         "AUC, control": float(np.mean([auc(many, one) for one in mixed])),
@@ -101,6 +106,9 @@ def summary(found: Inferred) -> dict[str, Any]:
         "AUC, least squares": auc(many, found.least_squares),
         "skill": skill(found.estimate.mean, found.truth, found.guess),
         "skill, control": float(np.mean([skill(one, found.truth, found.guess) for one in mixed])),
+        "AUC, level of scores trusted": auc(many, level.mean),
+        "skill, level of scores trusted": skill(trusted, found.truth, found.guess),
+        "covered, level of scores trusted": float(inside_trusted.mean()),
         "mean error of the share": float(np.abs(found.estimate.mean - found.truth).mean()),
         "the same of the mean guess": float(np.abs(found.guess - found.truth).mean()),
         "covered": float(inside.mean()),
@@ -109,6 +117,7 @@ def summary(found: Inferred) -> dict[str, Any]:
         "rank": found.seen.rank,
         "sites identifiable": len(found.seen.single),
         "condition": found.seen.condition,
+        "system": {key: np.asarray(value).tolist() for key, value in asdict(found.system).items() if value is not None},
         "estimates": found.estimate.mean.tolist(),
         "truth": found.truth.tolist(),
     }

@@ -218,10 +218,14 @@ def test_files_that_cannot_be_read_or_written(plan: Path, monkeypatch: pytest.Mo
         (lambda: write_release(plan, [folder / "none.csv"], folder / "out"), "unreadable-file"),
         (lambda: write_release(plan, [north, north], folder / "out"), "named-twice"),
         (lambda: write_release(plan, [north], folder), "not-empty"),
+        (lambda: write_release(plan, [north], north / "out"), "cannot-write"),
     ):
         with pytest.raises(ConfrereError) as caught:
             call()
         assert caught.value.code == code
+    (folder / "binary.toml").write_bytes(b"k = '\xcb'")
+    with pytest.raises(ConfigError, match="it is not UTF-8"):
+        write_release(folder / "binary.toml", [north], folder / "out")
     (folder / "statement.csv").write_text(north.read_text())
     with pytest.raises(ConfigError, match="reserved"):
         write_release(plan, [folder / "statement.csv"], folder / "out")

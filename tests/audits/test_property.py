@@ -95,11 +95,12 @@ def test_the_density_decision_is_the_best_vertex_of_its_linear_programme() -> No
         assert value(1) - value(0) == pytest.approx(found, rel=1e-4, abs=1e-6)  # torch's normals are float32
 
 
-@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.4, 1.0]), st.booleans())
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.4, 0.95]), st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_the_posterior_conditions_the_joint_normal(seed: int, rho: float, noisy: bool) -> None:
     rng, prior = np.random.default_rng(seed), 0.3
-    s = system(seed % 1000, rounds=5, sites=4, persistence=rho)
+    shift = 0.7 * noisy
+    s = system(seed % 1000, rounds=5, sites=4, persistence=rho, shift=shift)
     s = replace(s, A=s.A * rng.uniform(0.5, 2, 4), noise=rng.uniform(0.1, 1, 5) if noisy else None)
     s = replace(s, A=np.where(s.A.sum(1, keepdims=True) > 0, s.A, 1.0))
     delta, spread = s.mean_with - s.mean_without, prior * (1 - prior)
@@ -107,6 +108,7 @@ def test_the_posterior_conditions_the_joint_normal(seed: int, rho: float, noisy:
     sd = np.sqrt(prior * s.var_with + (1 - prior) * s.var_without)
     parts = [np.sqrt(spread) * (s.A * delta[:, None]), np.sqrt(rho) * s.A * sd[:, None]]
     parts += [np.sqrt(1 - rho) * np.diag(s.A[:, k] * sd) for k in range(4)]
+    parts += [shift * (sd * s.A.sum(1))[:, None]]
     parts += [np.diag(np.sqrt(s.noise))] if s.noise is not None else []
     load = np.concatenate(parts, 1)
     cross = np.sqrt(spread) * load[:, :4].T
@@ -226,7 +228,8 @@ def test_rounds_that_make_no_system_are_refused(part: str, bad: float) -> None:
         {"A": -np.ones((12, 6))},
         {"b": np.zeros(3)},
         {"var_with": np.zeros(12)},
-        {"persistence": 1.5},
+        {"persistence": 1.0},
+        {"shift": np.inf},
         {"noise": np.full(12, np.nan)},
         {"A": np.ones(12)},
     ],
@@ -298,3 +301,4 @@ def test_persistence_is_the_correlation_between_rounds(rho: float) -> None:
     deviations = np.sqrt(rho) * rng.normal(size=2000) + np.sqrt(1 - rho) * rng.normal(size=(8, 2000))
     assert persistence(deviations) == pytest.approx(rho, abs=0.03)
     assert persistence(deviations[:1]) == 0.0
+    assert persistence(np.ones((3, 5))) == 0.99

@@ -71,6 +71,11 @@ def test_the_observed_mean_is_that_of_the_replies(plain: AuditedRun) -> None:
         total = sum(reply.weight for reply in replies.values())
         updates = [r.weight / total * flat(r.state["shared"], before["shared"]) for r in replies.values()]
         np.testing.assert_allclose(mean, sum(updates), atol=1e-7)
+        row = audit.coefficients(plain, tuple(event["sites"]))
+        sites = [s for s in plain.sites if s in replies]
+        own = [flat(replies[s].state["shared"], before["shared"]) for s in sites]
+        np.testing.assert_allclose(row[row > 0] @ np.stack(own), len(sites) * mean, atol=1e-6)
+        assert [s for s, value in zip(plain.sites, row, strict=True) if value] == sites
 
 
 def test_under_masks_the_same_mean_comes_from_the_opened_sum(masked: AuditedRun) -> None:

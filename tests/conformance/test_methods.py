@@ -28,7 +28,11 @@ from confrere.record.store import MemoryStore
 from confrere.seeds import torch_generator
 from confrere.tensors import State, Tensors, digest, flatten, n_bytes, weighted_mean
 
-every = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS)
+PLAIN = {name: method for name, method in VARIANTS.items() if name in METHODS}
+OTHERS = [pytest.param(m, id=name, marks=pytest.mark.slow) for name, m in VARIANTS.items() if name not in METHODS]
+every = pytest.mark.parametrize("method", [*(pytest.param(m, id=name) for name, m in PLAIN.items()), *OTHERS])
+# What options hardly touch, and costs most.
+by_method = pytest.mark.parametrize("method", PLAIN.values(), ids=PLAIN)
 
 
 def trainers(method: Method) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ class Disk(InProcess):
         return replies
 
 
-@every
+@by_method
 def test_order_of_replies_and_the_wire_do_not_matter(method: Method, tmp_path: Path) -> None:
     for kind, transport in (("order", Shuffled), ("wire", lambda s: Disk(s, tmp_path))):
         sites = tiny_sites(method)
@@ -96,12 +100,11 @@ def test_order_of_replies_and_the_wire_do_not_matter(method: Method, tmp_path: P
         assert (digest(final), site_states(sites, 3)) == plain(method), kind
 
 
-@every
-@pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_the_number_of_workers_changes_no_byte(method: Method, workers: int, tmp_path: Path) -> None:
+@by_method
+def test_the_number_of_workers_changes_no_byte(method: Method, tmp_path: Path) -> None:
     sites = tiny_sites(method)
     server = method.init_server(initial_params(backbone_of(method), method, ""))
-    final = federate(method, server, InProcess(sites, workers), tiny_plan(method), Run(tmp_path / "many"))
+    final = federate(method, server, InProcess(sites, 2), tiny_plan(method), Run(tmp_path / "many"))
     assert (digest(final), site_states(sites, 3)) == plain(method)
 
 

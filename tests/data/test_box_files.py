@@ -47,7 +47,8 @@ def test_boxes_of_a_table_lie_where_the_model_sees_them(tmp_path: Path) -> None:
     site = federation.sites[0]
     assert site.targets is not None
     assert site.targets.shape == (5, 2, 5)
-    found = {tuple(np.round(row[row[:, 4] > 0].ravel(), 4).tolist()) for row in np.asarray(site.targets[np.arange(5)])}
+    rows = np.asarray(site.targets[np.arange(5)]).astype(np.float64)
+    found = {tuple(np.round(row[row[:, 4] > 0].ravel(), 4).tolist()) for row in rows}
     # 24 x 20 is cut to the middle 20 x 20, and 16 pixels show 20.
     assert (0.0, 0.0, 1.0, 1.0, 1.0) in found
     assert () in found

@@ -84,9 +84,11 @@ def test_a_way_gives_the_same_form_and_the_same_bytes_again(
 @pytest.mark.parametrize("whom", ["site", pytest.param("patients", marks=pytest.mark.slow)])
 def test_negative_gradients_raise_the_loss_of_the_forgotten(of_site: Frame, of_patients: Frame, whom: str) -> None:
     frame = fresh(of_site if whom == "site" else of_patients)
-    learnt = WAYS["neggrad"](frame, {"rounds": 2, "beta": 1.0})
-    away = WAYS["neggrad"](frame, {"rounds": 2, "beta": 0.2})
-    assert loss_of_gone(frame, away) > loss_of_gone(frame, learnt) + 0.05
+    experiment = frame.task.experiment
+    gentle = experiment.train.model_copy(update={"lr": 2e-3, "steps": 8})
+    frame = replace(frame, task=replace(frame.task, experiment=experiment.model_copy(update={"train": gentle})))
+    away = WAYS["neggrad"](frame, {"rounds": 1, "beta": 0.0})
+    assert loss_of_gone(frame, away) > loss_of_gone(frame, frame.start) + 0.01
 
 
 def test_scrub_moves_away_from_the_teacher_and_back(of_site: Frame) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_files import some_fast
 from safetensors.torch import load_file
 
 from confrere.config import override, validate
@@ -221,8 +220,12 @@ def test_what_is_fitted_at_the_end_is_a_cox_baseline_on_all_patients_but_those_t
 TIMES = sorted(name for name, cls in METHODS.items() if "time" in cls.targets and name != "dpfed")  # it has its own
 
 
-@pytest.mark.parametrize("curve", ["logistic-hazard", pytest.param("cox", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", some_fast(TIMES, ("fedopal", "feddpa-t", "fedadam", "apfl", "flora", "local")))
+FAST = ("fedopal", "feddpa-t", "fedadam", "apfl", "flora", "local")
+WITH_COX = [pytest.param(name, "cox", marks=pytest.mark.slow) for name in (*FAST, "fedacs", "ifca", "pooled", "fedalt")]
+LEARN = [pytest.param(name, "logistic-hazard", marks=() if name in FAST else pytest.mark.slow) for name in TIMES]
+
+
+@pytest.mark.parametrize(("method", "curve"), [*LEARN, *WITH_COX])
 def test_every_method_that_can_learns_from_times(table: Path, tmp_path: Path, method: str, curve: str) -> None:
     chosen = override({**SMALL, "path": str(table)}, [f"method={method}", f"task.curve={curve}"])
     run_experiment(validate(chosen), tmp_path / "run")

@@ -145,7 +145,8 @@ def read_plan(path: Path) -> Plan:
         what, fix = f"the plan cannot be read: {error.strerror}", "look at its permissions"
         raise ConfigError(what, where=str(path), fix=fix, code="unreadable-file") from error
     except ValueError as error:
-        what, fix = f"the plan is not TOML: {error}", "mend that line"
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)  # which would quote bytes
+        what, fix = f"the plan is not TOML: {why}", "mend that line"
         raise ConfigError(what, where=path.name, fix=fix, code="not-toml") from error
     return make_plan(values, path.parent, where=path.name)
 

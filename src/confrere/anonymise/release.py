@@ -40,7 +40,7 @@ def write_release(plan: Path, tables: Sequence[Path], out: Path, *, strangers: P
 
     Raises:
         ConfigError: the plan, or a table's name. DataError: a table, or ``out`` holds something. RunError: what would
-            be written does not hold what was asked, which is our fault.
+            be written does not hold what was asked, which is our fault; or ``out`` cannot be written.
     """
     asked = read_plan(plan)
     names: dict[str, int] = {}
@@ -58,8 +58,15 @@ def write_release(plan: Path, tables: Sequence[Path], out: Path, *, strangers: P
     statement = as_statement(asked, told["sites"], told["union"], attacks, time.strftime("%Y-%m-%d"))
     files["mapping.json"] = as_json(as_mapping(asked, {site: one.release for site, one in targets.items()}))
     files |= {"statement.json": as_json(statement), "statement.md": as_markdown(statement).encode()}
-    with new_folder(out) as draft:
-        write_files(draft, files)
+    try:
+        with new_folder(out) as draft:
+            write_files(draft, files)
+    except OSError as error:
+        what, fix = (
+            f"the folder cannot be written: {error.strerror}",
+            "free space, mend the permissions or choose another",
+        )
+        raise RunError(what, where=str(out), fix=fix, code="cannot-write") from error
     return statement
 
 

@@ -36,7 +36,9 @@ class System:
         b: (R,), the score of each sum, see :func:`score_of_sum`.
         mean_with, var_with: (R,), of the score of one update made on data that have the property.
         mean_without, var_without: (R,), of data that have it not.
-        persistence: correlation in [0, 1] of a site's deviations from these means in two rounds; 0: independent.
+        persistence: correlation in [0, 1) of a site's deviations from these means in two rounds; 0: independent.
+        shift: standard deviation, in units of a site's own, of what all sites' scores deviate by together, as where
+            shadows train on images that the model has not seen and sites on images that it has; 0: none.
         noise: (R,), variance of what was added to each sum's score on purpose, which is no secret; None: nothing.
 
     Raises:
@@ -50,13 +52,16 @@ class System:
     mean_without: Floats
     var_without: Floats
     persistence: float = 0.0
+    shift: float = 0.0
     noise: Floats | None = None
 
     def __post_init__(self) -> None:
         parts = [self.b, self.mean_with, self.var_with, self.mean_without, self.var_without]
         parts += [self.noise] if self.noise is not None else []
         shapes = {part.shape for part in parts}
-        sound = self.A.ndim == 2 and shapes == {(len(self.A),)} and 0 <= self.persistence <= 1
+        sound = (
+            self.A.ndim == 2 and shapes == {(len(self.A),)} and 0 <= self.persistence < 1 and 0 <= self.shift < np.inf
+        )
         numbers = [self.A.ravel(), *parts] if sound else []
         variances = min(self.var_with.min(initial=1.0), self.var_without.min(initial=1.0))
         if not sound or not all(np.isfinite(n).all() for n in numbers) or self.A.min(initial=0.0) < 0 or variances <= 0:
@@ -132,8 +137,8 @@ def posterior(system: System, prior: float) -> Posterior:
     ``b_r - sum_k A_rk m0_r = sum_k A_rk tau_k (m1_r - m0_r) + e_r`` with ``tau_k ~ N(prior, prior (1 - prior))`` and
     ``Cov(e_r, e_s) = rho_rs sqrt(v_r v_s) sum_k A_rk A_sk``, where ``v = prior v1 + (1 - prior) v0``, ``rho_rr`` is 1
     and otherwise the persistence: what is odd about a site's data is odd in every round, and no number of rounds
-    averages it out. ``noise`` is added to the diagonal. One linear solve, also for R < N. Where tau is a share between
-    two levels, so is the estimate.
+    averages it out. ``shift^2 sqrt(v_r v_s) sum_k A_rk sum_k A_sk`` is added, and ``noise`` on the diagonal. One linear
+    solve, also for R < N. Where tau is a share between two levels, so is the estimate.
 
     Args:
         system: see there.
@@ -143,6 +148,7 @@ def posterior(system: System, prior: float) -> Posterior:
     deviation = np.sqrt(prior * system.var_with + (1 - prior) * system.var_without)
     shared = np.outer(deviation, deviation) * (A @ A.T)
     noise = system.persistence * shared + (1 - system.persistence) * np.diag(np.diag(shared))
+    noise = noise + system.shift**2 * np.outer(deviation * A.sum(1), deviation * A.sum(1))
     if system.noise is not None:
         noise = noise + np.diag(system.noise)
     design = A * (system.mean_with - system.mean_without)[:, None]

@@ -12,6 +12,8 @@ from confrere.errors import ConfigError
 from confrere.seeds import numpy_generator
 
 LR, EPOCHS, BATCH = 0.01, 50, 16
+MOST = 0.99
+"""Of persistence: with 1 no round would say more than another, and the system could have no solution."""
 LEAST = 20
 """Shadow updates of either kind below which variances say nothing."""
 
@@ -83,7 +85,7 @@ def train_score(
 
 
 def persistence(deviations: Floats) -> float:
-    """Return the mean correlation, clipped to [0, 1], of the shadows' standardised scores (R, S) between two rounds.
+    """Return the mean correlation, clipped to [0, 0.99], of the shadows' standardised scores (R, S) between two rounds.
 
     It means something if the same shadow data were trained on in every round. 0 for one round.
     """
@@ -92,7 +94,7 @@ def persistence(deviations: Floats) -> float:
         return 0.0
     squares = (deviations**2).sum()
     between = ((deviations.sum(0) ** 2).sum() - squares) / (rounds - 1)
-    return float(np.clip(between / squares, 0, 1)) if squares else 0.0
+    return float(np.clip(between / squares, 0, MOST)) if squares else 0.0
 
 
 def _parts(labels: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:

@@ -25,6 +25,8 @@ SHADOWS = 50
 """With the property, and as many without, in every round."""
 ROUNDS = 12
 """At most so many rounds are attacked, spread over the run."""
+SHIFT = 1.0
+"""See :class:`confrere.audits.property.System`: the level of all scores is trusted as little as that of one site."""
 MIXED = 200
 """Participation matrices of the control."""
 BOOTSTRAP = 2000
@@ -100,9 +102,6 @@ def infer(
     """
     check(run)
     made = draw_shadows(run, asked, shadows, choice.seed)
-    weights = {
-        s: 1.0 if run.experiment.federation.weights == "equal" else len(run.data[s].rows("train")) for s in run.sites
-    }
     kept = [(r, cohort) for r, cohort in cohorts_of(run.run.events()) if observed(run, r) is not None]
     if not kept:
         raise ConfigError("no round's states are kept", where="record.keep", fix="run with record.keep=0", code="audit")
@@ -110,8 +109,7 @@ def infer(
     A, b, scores = np.zeros((len(some), len(run.sites))), np.zeros(len(some)), []
     for index, (round_, cohort) in enumerate(some):
         before, mean = observed(run, round_) or ({}, np.zeros(0))
-        own = np.array([weights[s] if s in cohort else 0.0 for s in run.sites])
-        A[index] = own / own.sum() * len(cohort)
+        A[index] = coefficients(run, cohort)
         score = train_score(shadow_updates(run, made, round_, before, choice.seed), made.kinds, seed=choice.seed)
         b[index] = score_of_sum(score.direction, score.offset, len(cohort) * mean, A[index])
         scores.append(score)
@@ -124,6 +122,7 @@ def infer(
         mean_without=np.array([s.mean_without for s in scores]),
         var_without=np.array([s.var_without for s in scores]),
         persistence=persistence(np.stack([s.deviations for s in scores])),
+        shift=SHIFT,
     )
     return Inferred(
         sites=tuple(run.sites),
@@ -139,6 +138,16 @@ def infer(
         judged=len(scores[0].deviations),
         seen=identifiability((A > 0).astype(float), run.sites),
     )
+
+
+def coefficients(run: AuditedRun, cohort: tuple[str, ...]) -> Floats:
+    """Return how often each site's update is in the sum (N,): its weight over the mean weight of who took part.
+
+    The sum is the weighted mean of the updates times their number.
+    """
+    equal = run.experiment.federation.weights == "equal"
+    weights = [(1 if equal else len(run.data[s].rows("train"))) if s in cohort else 0 for s in run.sites]
+    return np.array(weights) / sum(weights) * len(cohort)
 
 
 def in_shares(found: Posterior, high: float) -> Posterior:
@@ -181,7 +190,7 @@ def property_inference(run: AuditedRun, choice: Choice) -> Audit:
         means=f"skill: share of the squared error of the mean guess that the attack removes, asking for {asked.name}",
         control="the same sums, with a random participation matrix; of a site, the adversary's guess without any sum",
         limits=(
-            "Shadows train on images that the global model has not seen; the sites' own it has: scores may be shifted.",
+            "Shadows train on images that the global model has not seen, sites on images it has: scores are shifted.",
             "One property, one classifier, shadows made of the sites' own held-out images; others may leak more.",
             "Where tau is between the levels of the shadows, its estimate is interpolated.",
             "Without a finding nothing is proven: only noise with an accounted epsilon, or groups, bound this attack.",

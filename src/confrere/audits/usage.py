@@ -19,46 +19,55 @@ Floats = NDArray[np.float64]
 RESAMPLES = 1000
 MEANS = (
     "The share of a site's training patients that the attack holds to be used: 1 is all of them. It is an estimate, of "
-    "reference models trained on half of the patients: it may leave 0 to 1, and is biased where the run trained on "
-    "many more than they did."
+    "reference models trained on half of the patients: it may leave 0 to 1, and is biased where patients weigh less "
+    "in the run, which trained on more."
 )
 
 
 def usage(
     seen: Sequence[Evidence], seed: int, resamples: int = RESAMPLES
 ) -> tuple[Interval, Interval, tuple[int, int]]:
-    """Return the share used of the members, that of the others, and how many members and others there are.
+    """Return the share used of the members, that of some others, and how many members and others there are.
 
     DUCI: the mean over a set of ``(m - FPR) / (TPR - FPR)``, where ``m`` says whether a patient's LiRA score is above a
-    threshold, and TPR and FPR are those of references whose members are known. Run and references are scored by equally
-    many references; the rates of each are by the threshold that the rest of them choose. Intervals: percentiles over
-    resampled patients and references. Where ``TPR - FPR`` of references may be zero, shares are undefined.
+    threshold. ``TPR - FPR`` (the power) is that of references whose members are known, each by the threshold that the
+    rest of them choose. Run and references are scored by equally many references.
+
+    Difference from DUCI: the single FPR is not that of the references but that of the run's own others, half of them,
+    as its models are surer or less sure of everybody than references trained on fewer patients; the other half is the
+    control. Intervals: percentiles over patients, references and their members. Where the power may be zero, shares
+    are undefined.
     """
     known, pairs = on_references(lira_score, seen, known=True), len(seen[0].trained) // 2
     found = [sides(lira_score, [one.without(pair) for one in seen]) for pair in range(pairs)]
     threshold, counts = _threshold(known), []
     for r, one in enumerate(known):
         counts.append(_counts(one, _threshold([other for k, other in enumerate(known) if k != r])))
-    marks = [np.mean([one[s] > threshold for one in found], axis=0) for s in (0, 1)]
-    sizes = len(marks[0]), len(marks[1])
+    used, others = (np.mean([one[s] > threshold for one in found], axis=0) for s in (0, 1))
+    sizes = len(used), len(others)
     powers = [statistics.difference(*count).low for count in counts]
-    if np.mean([-1.0 if low is None else low for low in powers]) <= 0 or not all(sizes):
+    if np.mean([-1.0 if low is None else low for low in powers]) <= 0 or not len(used) or len(others) < 4:
         return Interval(), Interval(), sizes
-    rates = np.array([[true / m, false / n] for true, m, false, n in counts])  # (R, 2)
+    table = np.array(counts)  # (R, 4)
     rng = numpy_generator(seed, "audit", "usage", seen[0].model, *(one.site for one in seen))
-    drawn = rates[rng.integers(len(rates), size=(resamples, len(rates)))].mean(1)  # (B, 2)
+    half = rng.permutation(len(others)) % 2 == 0
+    unused, base = others[half], others[~half]
+    picked = table[rng.integers(len(table), size=(resamples, len(table)))]  # (B, R, 4)
+    true, false = (rng.binomial(picked[..., k + 1], picked[..., k] / picked[..., k + 1]).sum(1) for k in (0, 2))
+    power = np.maximum(true / picked[..., 1].sum(1) - false / picked[..., 3].sum(1), 1e-3)
+    mean = float((table[:, 0] / table[:, 1] - table[:, 2] / table[:, 3]).mean())
     shares = []
-    for mark in marks:
-        means = mark[rng.integers(len(mark), size=(resamples, len(mark)))].mean(1)
-        spread = np.quantile(_share(means, drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        shares.append(Interval(float(_share(mark.mean(), rates.mean(0))), *map(float, spread)))
+    for mark in (used, unused):
+        spread = np.quantile(
+            (_drawn(mark, resamples, rng) - _drawn(base, resamples, rng)) / power, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        )
+        shares.append(Interval(float((mark.mean() - base.mean()) / mean), *map(float, spread)))
     return shares[0], shares[1], sizes
 
 
-def _share(marked: Floats, rates: Floats) -> Floats:
-    """Return ``(m - FPR) / (TPR - FPR)`` of marked shares and of rates (..., 2)."""
-    true, false = rates[..., 0], rates[..., 1]
-    return np.asarray((marked - false) / np.maximum(true - false, 1e-6), dtype=np.float64)
+def _drawn(marks: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """Return the means of resamples (B,)."""
+    return np.asarray(marks[rng.integers(len(marks), size=(resamples, len(marks)))].mean(1), dtype=np.float64)
 
 
 def _threshold(known: Sequence[tuple[Floats, Floats]]) -> float:
@@ -101,7 +110,7 @@ def usage_audit(run: AuditedRun, choice: Choice) -> Audit:
         name="usage",
         rows=tuple(rows),
         means=MEANS,
-        control="The same estimate for the site's test patients, of whom none was used.",
+        control="The same estimate for half of the test patients, of whom none was used; the other half is the zero.",
         limits=("It says nothing of a single patient.", "Who is asked about must come from the site's own population."),
         warnings=(NO_POWER.format(models=", ".join(powerless)),) if powerless else (),
         settings={"references": choice.references, "resamples": RESAMPLES, "seed": choice.seed},

@@ -82,7 +82,9 @@ class Site:
         params = self.method.personal({**request.state, **payload}, state)
         metrics["overlap"] = self._look(params)  # refuses what would break the average
         if self.ledger is not None:
-            metrics |= {"overlap": None, "spent": self._spent_after(request.round)}
+            after = request.round + 1
+            spent = after <= self.rounds and self.ledger.exhausted(after, self._noisy_steps(after))
+            metrics |= {"overlap": None, "spent": spent}
             state = self.ledger.salted(state, self.name, request.round)
         metrics |= {"kept": digest(state), "stored": digest(payload)}
         reply = Reply(
@@ -142,11 +144,6 @@ class Site:
 
     def _noisy_steps(self, round_: int) -> int:
         return self.method.noised(self.settings.steps, round_, self.rounds) or 0
-
-    def _spent_after(self, round_: int) -> bool:
-        """Return whether the budget covers no round after this one, of those that there are."""
-        steps = self._noisy_steps(round_ + 1)
-        return self.ledger is not None and round_ < self.rounds and self.ledger.exhausted(round_ + 1, steps)
 
     def _state(self, round_: int) -> State:
         kept = self.store.before(round_)
