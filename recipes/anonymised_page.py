@@ -30,6 +30,10 @@ def spread(found: list[Found], get: Callable[[Found], float | None]) -> str:
         if value is None:
             return "-"
         values.append(value)
+    if not values:
+        return "-"
+    if all(isinstance(value, int) for value in values):
+        return f"{min(values)}"  # a count: the least of all seeds
     over = interval(values)
     shown = f"{over['mean']:.3f}"
     return f"{shown} ({over['low']:.3f} to {over['high']:.3f})" if over["low"] is not None else shown
@@ -62,7 +66,8 @@ def over_sites(key: str) -> Callable[[Found], float]:
 
 
 def worst_site(key: str, pick: Callable[[list[float]], float]) -> Callable[[Found], float]:
-    return lambda one: float(pick([s[key] for s in one["sites"].values() if s[key] is not None]))
+    """Return the least or largest of all sites."""
+    return lambda one: pick([s[key] for s in one["sites"].values() if s[key] is not None])
 
 
 def table(arms: Mapping[str, list[Found]], columns: Mapping[str, Callable[[Found], float | None]]) -> list[str]:
@@ -112,9 +117,17 @@ def section(name: str, arms: Mapping[str, list[Found]]) -> list[str]:
         "box of the union). Members told: area under the curve of telling training records from test records by "
     )
     lines[-1] += "their loss, 0.5 is chance; its control takes validation records for members."
-    lines += ["", *table(arms, scores), "", "The frame's perceptron (`mlp`, `fedit`) on the same tables:", ""]
-    lines += [*table(frame, scores), "", "How test records are shown to a model of generalised tables (AUC, logistic):"]
-    lines += ["", *table(only_k, shown), "", "What was lost (0 to 1, mean over records), and what was counted:", ""]
+    lines += ["", *table(arms, scores), ""]
+    if any(frame.values()):
+        lines += ["The frame's perceptron (`mlp`, `fedit`) on the same tables:", "", *table(frame, scores), ""]
+    lines += ["How test records are shown to a model of generalised tables (AUC, logistic):"]
+    lines += [
+        "",
+        *table(only_k, shown),
+        "",
+        "What was lost (0 to 1, mean over records), and what was counted (the least of all sites and seeds):",
+        "",
+    ]
     lines += [*table(only_k, lost), "", "Members of the middle site's table told from others by the table alone (area "]
     lines[-1] += "under the curve):"
     lines += [
@@ -129,6 +142,7 @@ def section(name: str, arms: Mapping[str, list[Found]]) -> list[str]:
 
 def page(summary: Mapping[str, Any], command: str) -> str:
     """Return the results page."""
+    summary = json.loads(json.dumps(summary))  # plain: a missing key is a KeyError
     about, seeds = summary["machine"], summary["seeds"]
     lines = [
         "# Anonymised tables: what k and epsilon cost",

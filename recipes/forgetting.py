@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/forgetting"))
     parser.add_argument("--by", default=",".join(BY), help=f"of rebuild, {', '.join(WAYS)}")
     parser.add_argument("--share", type=float, default=0.25, help="of every site's lesions that take part (ham10000)")
+    parser.add_argument("--only", choices=("site", "patients"), default="", help="one of the two requests")
     parser.add_argument("--page", type=Path)
     parser.add_argument("overrides", nargs="*", help="key.path=value, e.g. engine.precision=fp32")
     args = parser.parse_intermixed_args()
@@ -209,7 +210,8 @@ def main() -> None:
             run_experiment(experiment(setup, table, seed, args.overrides), runs[-1])
     patients = read_list(draw(setup.site, runs[0], args.out / "patients.csv"))
     lines: list[str] = []
-    for name, who in (("patients", Whom(patients=patients)), ("site", Whom(site=setup.site))):
+    requests = {"site": Whom(site=setup.site), "patients": Whom(patients=patients)}
+    for name, who in ((name, who) for name, who in requests.items() if args.only in ("", name)):
         found = one(args, name, who, runs)
         lines += ["", f"### {who.title()}", "", *summary(found)]
         print("\n".join(lines), flush=True)

@@ -3,8 +3,9 @@
     python recipes/inversion.py --out results/inversion
 
 Synthetic microscopy, three seeds, the tiny test transformer (its features mean nothing, but gradients are gradients).
-The first table is ``confrere audit --only inversion`` on a finished run; the second trains a site for one round of 12
-steps on 12 images, of which one is the only one of its class, over planted weights and over honest ones.
+The first two lines train a site for one round of 12 steps on 12 images, of which one is the only one of its class,
+over planted weights (skills cut at -1) and over honest ones. The others are ``confrere audit --only inversion`` on a
+finished run.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from property_digits import interval
 from safetensors.torch import save_file
 
 from confrere.adapters import head, lora
+from confrere.audits import inversion
 from confrere.audits.audit import Choice
-from confrere.audits.inversion import inversion
 from confrere.audits.inversion_planted import feature_of_class, patch_of, planted, waves
 from confrere.audits.tapped import open_run
 from confrere.backbones import load
@@ -49,8 +50,9 @@ def audited(out: Path, seed: int) -> dict[str, tuple[float, float]]:
     if not (out / f"run-{seed}" / "results.json").exists():
         data = make_microscopy(out / f"data-{seed}", seed=seed, sites=4, images=(60, 60), size=32)
         run_experiment(validate({**SETTINGS, "path": str(data), "seed": seed}), out / f"run-{seed}")
-    found = inversion(open_run(out / f"run-{seed}"), Choice(seed=seed, notify=print))
-    return {f"{r.model}, {r.measure}": (r.strength.value or 0.0, r.control.value or 0.0) for r in found.rows}
+    found = inversion.inversion(open_run(out / f"run-{seed}"), Choice(seed=seed, notify=print))
+    scores = {f"{r.model}, {r.measure}": (r.strength.value, r.control.value) for r in found.rows}
+    return {key: (ours, control) for key, (ours, control) in scores.items() if ours is not None and control is not None}
 
 
 def model(path: Path, seed: int, patch: int | None) -> Path:
@@ -90,7 +92,7 @@ def read_back(out: Path, seed: int, patch: int, *, plant: bool) -> float:
     seen = backbone.normalise(images)[:, :, row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE]
     base = waves(SIDE, 62)  # what a token of 64 channels can hold of the patch's 192 numbers
     held = (seen.flatten(1) @ base.T @ base).view(-1, 3, SIDE, SIDE).numpy()
-    return 1 - float(((found - held[0]) ** 2).sum() / ((held.mean(0) - held[0]) ** 2).sum())
+    return max(-1.0, 1 - float(((found - held[0]) ** 2).sum() / ((held.mean(0) - held[0]) ** 2).sum()))
 
 
 def main() -> None:

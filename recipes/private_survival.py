@@ -1,6 +1,7 @@
 """Client-level differential privacy for survival: DPFed, its second clip (DPFed-post), and what that clip amounts to.
 
     python recipes/private_survival.py --out results/private-survival
+    python recipes/private_survival.py --out results/private-survival --studies tcga --tcga DATA --seeds 0,1,2
 
 Two public trials that lifelines brings along: GBSG2 (686 women, recurrence of breast cancer) and ACTG175 (2,139
 patients with HIV, progression or death). A fifth of the patients, drawn anew by each seed, tests; the others are dealt
@@ -18,11 +19,13 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tcga_brca
 import torch
 from scipy.stats import t as student
 
@@ -158,6 +161,14 @@ def patients(study: Study) -> list[list[float]]:
     return [[row[0] / 365.25, int(row[1]), *map(float, row[2:])] for row in cells]
 
 
+def open_tcga(data: Path, seed: int, tables: Path, more: Sequence[str] = ()) -> Prepared:
+    """Return the six regions of ``tcga_brca.py``, each with its own test patients, ready to train."""
+    table = tcga_brca.prepare(data, tables).resolve()
+    chosen = {**SETTINGS, "hold_out": None, "path": str(table), "seed": seed, "task": tcga_brca.SETTINGS["task"]}
+    experiment = validate(override({**chosen, "method": {"name": "fedit"}}, more))
+    return prepare_job(experiment, open_data(experiment, tables / f"tcga-{seed}"), lambda event: None)
+
+
 def open_study(name: str, sites: int, seed: int, tables: Path, more: Sequence[str] = ()) -> Prepared:
     """Return a study with its sites, their rows after the frozen part of the network, ready to train."""
     study = STUDIES[name]
@@ -232,24 +243,28 @@ def padded(rows: torch.Tensor, most: int) -> torch.Tensor:
 
 @torch.no_grad()
 def examined(task: Prepared, shared: Tensors) -> dict[str, float]:
-    """Return the scores of a general model on the patients that test."""
-    data, rng = task.data["test"], numpy_generator(task.experiment.seed, "bootstrap", "test")
-    rows = data.rows("test")
-    outputs = task.backbone.logits(shared, data.batch(rows).tokens)
-    asked = Answers(outputs=outputs, targets=data.targets(rows), groups=data.groups[rows])
-    none = Answers(outputs=outputs[:0], targets=asked.targets[:0], groups=asked.groups[:0])
-    found, _ = task.backbone.task.examine(none, asked, classes=data.classes, generator=rng)
-    return {key: found["metrics"][key]["value"] for key in SCORES}
+    """Return the scores of a general model on the site that was held out, or their mean over the sites."""
+    found = []
+    for site in [task.experiment.hold_out] if task.experiment.hold_out else task.training_sites:
+        data, rng = task.data[site], numpy_generator(task.experiment.seed, "bootstrap", site)
+        rows = data.rows("test")
+        outputs = task.backbone.logits(shared, data.batch(rows).tokens)
+        asked = Answers(outputs=outputs, targets=data.targets(rows), groups=data.groups[rows])
+        none = Answers(outputs=outputs[:0], targets=asked.targets[:0], groups=asked.groups[:0])
+        found.append(task.backbone.task.examine(none, asked, classes=data.classes, generator=rng)[0]["metrics"])
+    values = {key: [one[key]["value"] for one in found if one[key]["value"] is not None] for key in SCORES}
+    return {key: float(np.mean(known)) for key, known in values.items()}
 
 
-def study_arms(name: str, sites: int, seeds: Sequence[int], out: Path, only: Sequence[str], more: Sequence[str]) -> Any:
+def study_arms(open_: Callable[[int], Prepared], seeds: Sequence[int], out: Path, only: Sequence[str]) -> Any:
     """Return, by arm, the scores of each seed; what was found before is not done again."""
     found: dict[str, list[dict[str, float]]] = {}
     for seed in seeds:
-        task = open_study(name, sites, seed, out / "tables", more)
+        task = open_(seed)
         numbers = sum(value.numel() for value in initial(task, "").values())
-        chosen = {arm: options for arm, options in arms(numbers, sites).items() if not only or arm in only}
-        kept = {arm: out / f"{name}-{sites}-{seed}" / f"{slug(arm)}.json" for arm in chosen}
+        every = arms(numbers, len(task.training_sites))
+        chosen = {arm: options for arm, options in every.items() if not only or arm in only}
+        kept = {arm: out.with_name(f"{out.name}-{seed}") / f"{slug(arm)}.json" for arm in chosen}
         new = {arm: options for arm, options in chosen.items() if not kept[arm].exists()}
         for arm, server in simulate(task, {arm: built(options, seed) for arm, options in new.items()}).items():
             write_json(kept[arm], {**examined(task, server["shared"]), "numbers": numbers})
@@ -315,16 +330,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/private-survival"))
     parser.add_argument("--studies", default="gbsg2:10,actg175:10,actg175:100", help="data set and number of sites")
+    parser.add_argument("--tcga", type=Path, help="folder of Fed-TCGA-BRCA, for --studies tcga")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--arms", default="", help="only these, with semicolons between")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for one in args.studies.split(","):
-        name, sites = one.split(":")
-        only = [arm for arm in args.arms.split(";") if arm]
-        found = study_arms(name, int(sites), seeds, args.out, only, args.overrides)
-        print(f"\n{name}, {sites} sites\n\n{table(found)}\n\n{gains(found)}\n", flush=True)
+        name, _, sites = one.partition(":")
+        only, tables = [arm for arm in args.arms.split(";") if arm], args.out / "tables"
+        if name == "tcga":
+            open_ = partial(open_tcga, args.tcga, tables=tables, more=args.overrides)
+        else:
+            open_ = partial(open_study, name, int(sites), tables=tables, more=args.overrides)
+        found = study_arms(open_, seeds, args.out / one.replace(":", "-"), only)
+        print(f"\n{one}\n\n{table(found)}\n\n{gains(found)}\n", flush=True)
 
 
 if __name__ == "__main__":

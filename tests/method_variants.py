@@ -12,6 +12,7 @@ PRIVATE = {"federation": {"weights": "equal"}, "gate": {"norm": 0.0, "factor": 0
 VARIANTS: dict[str, Method] = {name: make(name, CHOSEN.get(name)) for name in sorted(METHODS)}
 VARIANTS |= {
     "fedopal-local-head": make("fedopal", {"head": "local"}),
+    "fedopal-in-turn": make("fedopal", {"training": "in-turn", "warmup": 0}),
     "fedopal-ffa": make("fedopal", {"aggregation": "ffa", "warmup": 0}),
     "fedopal-svd": make("fedopal", {"aggregation": "svd", "regulariser": "W-A2"}),
     "fedopal-R-cos": make("fedopal", {"regulariser": "R-cos", "routing": "personal_only", "warmup": 0}),

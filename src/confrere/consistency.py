@@ -46,6 +46,12 @@ def check_choices(experiment: Experiment) -> None:
         what, fix = f"{main.name} adds no noise: a budget would bound nothing", "leave it out, or use method.name=dpfed"
         fix += ", or privacy.unit=record with a method that docs/privacy.md names"
         raise ConfigError(what, where="privacy", fix=fix, code="privacy")
+    if not noisy and (chosen.sigma or chosen.noise_seed):
+        what, fix = (
+            "sigma and noise_seed do nothing without a unit that is hidden",
+            "set privacy.unit=record, or patient",
+        )
+        raise ConfigError(what, where="privacy.unit", fix=fix, code="privacy")
     if experiment.secure.aggregation:
         check_method(main, unequal=bool(experiment.adapter.ranks or experiment.backbone.depths))
         check_alone(experiment.federation, experiment.gate, experiment.attack)

@@ -130,12 +130,10 @@ class Learner:
                     _accumulate_into(trained, correct)
                 norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), cfg.clip)
                 if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
-                    raise TrainingError(
-                        "the training loss or its gradient is not finite",
-                        where=f"site {self.site}, round {self.round}, step {len(losses)}",
-                        fix="lower train.lr, or lower method.lam if the method has one",
-                        code="diverged",
-                    )
+                    what = "the training loss or its gradient is not finite"
+                    where = f"site {self.site}, round {self.round}, step {len(losses)}"
+                    fix = "lower train.lr, or lower method.lam if the method has one"
+                    raise TrainingError(what, where=where, fix=fix, code="diverged")
                 optimiser.step()
         self.metrics["loss"] = sum(losses) / max(1, len(losses))
         return {n: t.detach().cpu() for n, t in leaves.items()}

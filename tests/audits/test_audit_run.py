@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_the_run_is_seen_as_the_server_saw_it(audited: AuditedRun) -> None:
     assert all(params is not None for params in models.values())
 
 
-def test_a_method_without_a_general_model_and_masked_updates_leave_less_to_attack(folder: Path) -> None:
+def test_a_method_without_a_general_or_a_personal_model_leaves_less_to_attack(folder: Path) -> None:
     run_experiment(experiment(folder / "data", "local"), folder / "local")
     run = open_run(folder / "local")
     assert run.params(run.sites[0], "general") is None
@@ -128,6 +129,10 @@ def test_a_method_without_a_general_model_and_masked_updates_leave_less_to_attac
     run_experiment(experiment(folder / "data", "fedit"), folder / "fedit")
     run = open_run(folder / "fedit")
     assert run.params(run.sites[0], "personalised") is None  # it is the general one
+
+
+@pytest.mark.slow
+def test_masked_updates_leave_the_sum_to_attack(folder: Path) -> None:
     make_microscopy(folder / "three", seed=1, sites=3, images=(24, 24), size=32)
     masked = experiment(folder / "three", "fedit", secure={"aggregation": True}, gate={"norm": 0, "factor": 0})
     run_experiment(masked, folder / "masked")
@@ -139,18 +144,16 @@ def test_a_method_without_a_general_model_and_masked_updates_leave_less_to_attac
     assert {row["model"] for row in found[0]["rows"]} == {"general"}
 
 
-def test_what_a_run_promises_bounds_its_audits(folder: Path) -> None:
-    pytest.importorskip("dp_accounting")
-    run = open_run(folder / "run")
+def test_what_a_run_promises_bounds_its_audits(audited: AuditedRun) -> None:
     said = {"unit": "record", "epsilon": 2.0, "delta": 1e-5, "simulation": False}
-    guarded = AuditedRun(path=run.path, task=run.task, round=run.round, results={"privacy": said})
+    guarded = replace(audited, results={"privacy": said})
     assert guarded.guarantee is not None
     found = find("rmia").function(guarded, QUICK)
     bounds = {row.model: row.bound for row in found.rows if row.subject == "all" and row.measure == "AUC"}
     assert bounds["general"] == bounds["update"]
     assert bounds["general"] is not None
     assert bounds["personalised"] is None
-    seeded = AuditedRun(path=run.path, task=run.task, round=1, results={"privacy": {**said, "simulation": True}})
+    seeded = replace(audited, results={"privacy": {**said, "simulation": True}})
     assert seeded.guarantee is None
 
 
@@ -188,7 +191,7 @@ def test_the_page_has_a_section_on_what_attacks_learn(folder: Path, audited: Aud
     assert "data-protection impact assessment" in page
     assert "A historical baseline" in page
     said = json.loads((folder / "run" / "report.json").read_text())["audits"]
-    assert [one["name"] for one in said] == sorted(MEMBERSHIP)
+    assert [one["name"] for one in said] == ["canary", "lira", "rmia", "usage", "historical"]  # the baseline last
     file = folder / "run" / "audits" / "lira.json"
     whole = file.read_text()
     try:
@@ -265,8 +268,6 @@ def test_data_may_have_moved_but_not_changed(folder: Path, tmp_path: Path) -> No
 
 
 def test_sites_that_are_too_small_for_halves_or_canaries_are_refused(audited: AuditedRun) -> None:
-    from dataclasses import replace
-
     site = audited.sites[0]
     data = audited.data[site]
     one = replace(data, split=np.where(np.arange(len(data.split)) == 0, TRAIN, VAL).astype(np.int8))
@@ -316,7 +317,7 @@ def test_what_was_learnt_by_heart_is_found_and_the_placebo_stays_quiet(by_heart:
         for row in area.values():
             assert row["control"]["low"] < 0.5 < row["control"]["high"], row
     used = {r["model"]: r for r in found["usage"]["rows"] if r["subject"] == "all"}["personalised"]
-    assert used["finding"] == "found", used
-    assert abs(used["control"]["value"]) < 0.3
+    assert used["strength"]["low"] > max(0.0, used["control"]["value"]), used
+    assert used["control"]["low"] < 0.1, used  # few patients are its zero
     bound = {r["model"]: r for r in found["canary"]["rows"]}["personalised"]
     assert bound["strength"]["value"] > 0.1, bound

@@ -83,6 +83,7 @@ def test_under_masks_the_same_mean_comes_from_the_opened_sum(masked: AuditedRun)
     assert masked.reply(masked.sites[0], 1) is None
     np.testing.assert_allclose(mean, flat(masked.server(1)["shared"], before["shared"]), atol=1e-6)
     assert np.abs(mean).max() > 0
+    assert audit.observed(masked, 9) is None
 
 
 def test_the_property_asked_for_is_the_class_in_which_sites_differ_most(plain: AuditedRun) -> None:

@@ -116,6 +116,7 @@ def test_a_teachers_distance_is_that_of_the_definition(of_site: Frame) -> None:
     assert float(teach(learner, one, 3.0)(other, batch)) == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_dampening_follows_the_fisher_information(of_patients: Frame) -> None:
     frame = fresh(of_patients)
     same = WAYS["ssd"](frame, {"alpha": 1e30, "lam": 1.0})

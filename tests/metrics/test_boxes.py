@@ -156,7 +156,7 @@ def test_nothing_to_find_and_nothing_found() -> None:
     assert soft_f1(box, none) == pytest.approx((0.2 + 2) / 3)
     metrics, _ = evaluate_boxes(box, none, np.arange(3), classes=("a", "b"), generator=numpy_generator(0, "x"))
     assert metrics["ap50"] == metrics["best_iou"] == {"value": None, "low": None, "high": None}
-    assert metrics["notes"] == ["3 test images hold no true box: they count in F1 alone."]
+    assert metrics["notes"] == ["Test images without a true box: 3; they count in F1 alone."]
 
 
 def test_the_smooth_score_rises_with_scores_and_overlaps() -> None:

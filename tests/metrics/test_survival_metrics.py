@@ -326,6 +326,11 @@ def test_no_curve_that_leaves_a_site_is_about_fewer_than_ten_patients(seed, n, p
         assert group["low"] == seen["low"]
         assert group["predicted"] == pytest.approx(predicted[inside][:, np.isin(at, group["times"])].mean(0))
     assert counted in (0, n)
+    counted = 0
+    for group in survival_calibration(predicted[:, -1], t, e, whose, 8.0):  # the worst first, too
+        inside = np.argsort(predicted[:, -1], kind="stable")[counted : counted + group["n"]]
+        counted += group["n"]
+        assert len(set(whose[inside])) >= FEWEST
     if len(set(whose[t >= at[0]])) >= FEWEST:
         assert found, "a whole site of enough patients is one group"
 

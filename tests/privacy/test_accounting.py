@@ -84,6 +84,21 @@ def test_renyi_agrees_with_the_formula_of_opacus_and_bounds_the_tight_answer(q, 
         assert epsilon(sigma, rounds=rounds, delta=delta, rate=q) < found
 
 
+def test_the_numbers_that_opacus_publishes_in_its_own_tests():
+    """G22: noise 1.5, rate 0.04, 2,250 steps, delta 1e-5: 7.32911117 by Renyi divergence, 6.77739571 by PRV."""
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant
+
+    orders = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64))  # those of Opacus
+    book = RdpAccountant(orders, dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    book.compose(dp.PoissonSampledDpEvent(0.04, dp.GaussianDpEvent(1.5)), 2250)
+    assert book.get_epsilon(1e-5) == pytest.approx(7.32911117, rel=1e-3)
+    plan = {"rounds": 2250, "delta": 1e-5, "rate": 0.04}
+    assert 7.32911 < epsilon(1.5, **plan, accountant="rdp") < 7.4  # whole orders alone: a little above
+    assert epsilon(1.5, **plan) == pytest.approx(6.77739571, rel=2e-3)
+    assert epsilon(1.5, **plan) <= 6.77739571 + 1e-3
+
+
 def test_less_noise_more_rounds_or_more_sampling_cost_more():
     def cost(sigma=2.0, rounds=10, rate=0.3):
         return epsilon(sigma, rounds=rounds, delta=1e-4, rate=rate, accountant="rdp")

@@ -201,6 +201,21 @@ def test_a_run_ends_when_every_site_has_spent_its_budget(tmp_path: Path) -> None
     assert not all_spent({"sites": {"a": {"spent": True}, "b": {}}})
 
 
+def test_the_noise_is_made_for_the_noisy_steps_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[Any] = []
+    monkeypatch.setattr("confrere.federation.ledger.calibrate_sigma", lambda *a, **o: asked_for.append((a, o)) or 9.0)
+    chosen = PrivacyChoice(unit="record", epsilon=2.0, delta=1e-3)
+    for method, steps in ((FEDIT, 15), (IN_TURN, 9), (make("fedit-ft"), 10)):
+        settings_ = TrainSettings(steps=5, batch_size=3, balance="none")
+        book = ledger_of(method, chosen, settings_, tiny_data(backbone_of(method), "a"), 3, None)
+        assert book is not None
+        assert (book.mechanism.sigma, book.limit) == (9.0, 2.0)
+        target, options = asked_for.pop()
+        assert target == (2.0,)
+        assert (options["rounds"], options["rate"], options["delta"]) == (steps, 0.25, 1e-3)
+
+
+@pytest.mark.slow
 def test_the_noise_is_the_least_that_the_budget_allows_for_all_rounds() -> None:
     settings_ = TrainSettings(steps=5, batch_size=3, balance="none")
     chosen = PrivacyChoice(unit="record", epsilon=2.0, delta=1e-3)

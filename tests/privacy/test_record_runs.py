@@ -89,6 +89,7 @@ def test_from_training_to_report_and_prediction(hospitals: Path, tmp_path: Path)
     assert problems == []
 
 
+@pytest.mark.slow
 def test_with_a_seed_a_run_is_a_simulation_with_the_same_bytes(hospitals: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         run_experiment(validate(chosen(hospitals)), tmp_path / name)
@@ -151,6 +152,7 @@ def test_patients_and_secure_aggregation_and_a_control(hospitals: Path, tmp_path
         ("privacy.delta", {"privacy": {**SEEDED, "delta": 0.0}}),
         ("privacy.epsilon", {"privacy": {**SEEDED, "sigma": 0.0}}),
         ("privacy.unit", {"method": "dpfed"}),
+        ("privacy.unit", {"privacy": {**SEEDED, "unit": ""}}),
         ("backbone.name", {"backbone": {"name": "mlp"}}),
         ("task", {"task": {"name": "survival", "horizon": 5.0, "curve": "cox"}, "method": "fedit"}),
     ],
@@ -204,8 +206,13 @@ def test_the_command_says_what_a_level_costs_and_when_it_is_out_of_reach() -> No
     many = CliRunner().invoke(app, [*given, "--sigma", "1", "--records", "9000", "--parameters", "500"])
     assert "That can work" in many.stdout
     assert "12 steps" in many.stdout
-    aimed = [*given, "--sigma", "0", "--target", "3", "--records", "900", "--parameters", "9000"]
-    assert "For epsilon 3: sigma" in CliRunner().invoke(app, aimed).stdout
     for wrong in (["--records", "0"], ["--records", "20000"], ["--unit", "ward", "--records", "20"]):
         refused = CliRunner().invoke(app, [*given, "--sigma", "1", "--parameters", "5", *wrong])
         assert isinstance(refused.exception, ConfigError)
+
+
+@pytest.mark.slow
+def test_the_command_finds_the_noise_for_a_level() -> None:
+    given = ["epsilon", "--unit", "record", "--rounds", "3", "--steps", "4", "--delta", "1e-4", "--batch", "32"]
+    aimed = [*given, "--sigma", "0", "--target", "3", "--records", "900", "--parameters", "9000"]
+    assert "For epsilon 3: sigma" in CliRunner().invoke(app, aimed).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def overrides(method: dict[str, object]) -> list[str]:
 
 def test_the_second_clip_is_a_smaller_step_and_noise_costs_more_than_it_gives_back(recipe: Any, tmp_path: Path) -> None:
     wanted = ["FedAvg", "DPFed, sigma 2", "DPFed-post, sigma 2", "equal step, sigma 2"]
-    found = recipe.study_arms("gbsg2", 10, SEEDS, tmp_path, wanted, [])
+    study = functools.partial(recipe.open_study, "gbsg2", 10, tables=tmp_path)
+    found = recipe.study_arms(study, SEEDS, tmp_path / "gbsg2", wanted)
     average, plain, post, equal = (np.array([one["harrell"] for one in found[arm]]) for arm in wanted)
     assert np.abs(post - equal).max() <= 0.01
     assert (average - post).mean() >= 0.02

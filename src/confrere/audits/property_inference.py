@@ -17,7 +17,9 @@ from confrere.audits.tapped import AuditedRun
 from confrere.consistency import UNITS
 from confrere.errors import ConfigError
 from confrere.federation.participation import Identifiability, cohorts_of, identifiability
+from confrere.federation.secure.total import SUMS
 from confrere.method import Method
+from confrere.record.store import round_file
 from confrere.seeds import numpy_generator
 from confrere.tensors import State
 
@@ -57,8 +59,10 @@ class Inferred:
 
 def observed(run: AuditedRun, round_: int) -> tuple[State, Floats] | None:
     """Return what the server held before a round, and the mean change (d,) it saw; None where either is not kept."""
-    before = run.server(round_ - 1)
-    after = run.total(round_) if run.experiment.masked else run.server(round_)
+    before, masked = run.server(round_ - 1), run.experiment.masked
+    if masked and not round_file(run.path / SUMS, round_).exists():
+        return None
+    after = run.total(round_) if masked else run.server(round_)
     if before is None or after is None:
         return None
     received = run.method.broadcast(before, run.sites[0])["shared"]

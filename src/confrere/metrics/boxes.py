@@ -182,5 +182,5 @@ def evaluate_boxes(
         of_class = [np.where(boxes[..., -1:] == k, boxes, -1.0) for boxes in (found, truth)]
         out["by_class"][name] = mean_of(f1_of_images(of_class[0], of_class[1], np.nan), patient_N, weights)
     empty = int((~(truth[..., 4] > 0).any(1)).sum())
-    out["notes"] = [f"{empty} test images hold no true box: they count in F1 alone."] if empty else []
+    out["notes"] = [f"Test images without a true box: {empty}; they count in F1 alone."] if empty else []
     return out, f1

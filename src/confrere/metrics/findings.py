@@ -167,7 +167,7 @@ def _notes(out: dict[str, Any], unknown: int) -> list[str]:
             f"All test images with or all without {', '.join(out['absent'])}: averages run over the other findings."
         )
     if unknown:
-        notes.append(f"{unknown} findings of test images are not known; they count nowhere.")
+        notes.append(f"Findings of test images that are not known: {unknown}; they count nowhere.")
     if out["patients"] < ENOUGH_PATIENTS:
         notes.append(f"Fewer than {ENOUGH_PATIENTS} test patients: no intervals.")
     return notes

@@ -125,8 +125,9 @@ def risk_groups(predicted_N: Floats, patient_N: Ints, most: int) -> list[Bools]:
 
 def few_times(at_T: Floats, times_N: Floats, patient_N: Ints) -> Floats:
     """Return up to ``POINTS`` of the times, evenly chosen from those when ``FEWEST`` patients or more are at risk."""
-    known = [at for at in at_T if len(np.unique(patient_N[times_N >= at])) >= FEWEST]
-    return np.asarray(known)[np.unique(np.linspace(0, len(known) - 1, min(POINTS, len(known))).round().astype(int))]
+    known = [float(at) for at in at_T if len(np.unique(patient_N[times_N >= at])) >= FEWEST]
+    spread = np.linspace(0, len(known) - 1, min(POINTS, len(known))).round().astype(np.int64)
+    return np.array([known[place] for place in np.unique(spread)], dtype=np.float64)
 
 
 def grouped_curves(

@@ -104,15 +104,24 @@ def evaluate_survival(
     effective = effective_patients(per_patient(patient_N, inside.astype(np.int64), (P, 2)))
     out: dict[str, Any] = {"n": len(t), "patients": P, "events": int(inside.sum())}
     out |= {name: percentile(s[0], s[1:], P, effective=max(effective, 2.0)) for name, s in samples.items()}
-    shown = few_times(at, t, patient_N)
-    of = np.searchsorted(at, shown)
-    out["by_time"] = {"times": shown.tolist(), "brier": _plain(brier_RT[0, of]), "auc": _plain(auc_RT[0, of])}
-    out["curves"] = grouped_curves(grid_NT, t, e, patient_N, at)
-    out["calibration"] = survival_calibration(grid_NT[:, -1], t, e, patient_N, float(at[-1]))
     out["d_calibration"] = d_calibration(_at_own_time(curves, cut), inside)
-    out["kaplan_meier"] = kaplan_meier(t, e, shown)
+    out |= _where_enough(t, e, patient_N, grid_NT, at, (brier_RT[0], auc_RT[0]))
     out["notes"] = _notes(out)
     return out
+
+
+def _where_enough(
+    t: Floats, e: Bools, patient_N: Ints, grid_NT: Floats, at: Floats, scores: tuple[Floats, Floats]
+) -> dict[str, Any]:
+    """Return what would show single patients, at few times and of groups of enough patients only."""
+    shown = few_times(at, t, patient_N)
+    brier_T, auc_T = (values[np.searchsorted(at, shown)] for values in scores)
+    return {
+        "by_time": {"times": shown.tolist(), "brier": _plain(brier_T), "auc": _plain(auc_T)},
+        "curves": grouped_curves(grid_NT, t, e, patient_N, at),
+        "calibration": survival_calibration(grid_NT[:, -1], t, e, patient_N, float(at[-1])),
+        "kaplan_meier": kaplan_meier(t, e, shown),
+    }
 
 
 def _by_time(t: Floats, e: Bools, grid_NT: Floats, at: Floats, weights_RN: Floats) -> tuple[Floats, Floats]:

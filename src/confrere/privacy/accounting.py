@@ -147,14 +147,18 @@ def _epsilon(
     if accountant == "pld":
         from dp_accounting.pld import PLDAccountant
 
-        # Losses are rounded up to multiples of this: some 1e-4 of epsilon, for a tenth of the time of its default.
-        book: Any = PLDAccountant(relation, value_discretization_interval=min(1e-3, max(1e-4, 0.2 / rounds)))
+        book: Any = PLDAccountant(relation, value_discretization_interval=interval(rounds))
     else:
         from dp_accounting.rdp import RdpAccountant
 
         book = RdpAccountant(list(ORDERS), relation)
     book.compose(event, count)
     return float(book.get_epsilon(delta))
+
+
+def interval(rounds: int) -> float:
+    """Return to what multiples losses are rounded up: some 1e-4 of epsilon, for a tenth of the time of the default."""
+    return min(1e-3, max(1e-4, 0.2 / rounds))
 
 
 def _gaussian(sigma: float, delta: float) -> float:

@@ -115,7 +115,7 @@ def _verdict(ratio: float, records: int) -> str:
     """Return in plain words whether a site's noise leaves anything to learn.
 
     The ratio sets the noise of all steps against the longest way that clipped gradients could go if all agreed; they
-    never do. The bounds are rules of thumb, beside docs/results/private-ham10000.md.
+    never do. The bounds are rules of thumb, not measured.
     """
     said = f"Noise of all steps is {ratio:.2g} times as long as the longest way that clipped gradients could go."
     if ratio <= FINE:

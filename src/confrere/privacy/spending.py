@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from confrere.privacy.accounting import LEAST_SIGMA, dp_accounting, epsilon
+from confrere.privacy.accounting import LEAST_SIGMA, dp_accounting, epsilon, interval
 
 
 def spent(debits: Iterable[Mapping[str, Any]], delta: float) -> float:
@@ -34,7 +34,8 @@ def spent(debits: Iterable[Mapping[str, Any]], delta: float) -> float:
     dp = dp_accounting()
     from dp_accounting.pld import PLDAccountant
 
-    book = PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    fine = interval(parts.total())
+    book = PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=fine)
     for (sigma, rate), steps in sorted(parts.items()):
         book.compose(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)), steps)
     return float(book.get_epsilon(delta))

@@ -108,7 +108,7 @@ class Detection(Task):
 
     def chances(self, outputs: Tensor, temperature: float) -> np.ndarray:
         """Return box, score and class (B, 6, D) of raw maps; from a score of 0.5 on, a box counts as found."""
-        return heated(decode(outputs), temperature).transpose(0, 2, 1)
+        return heated(decode(outputs).numpy(), temperature).transpose(0, 2, 1)
 
     def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
         """Return what is said of a box."""
@@ -131,16 +131,16 @@ class Detection(Task):
         heat = best_temperature(known.outputs.double().numpy(), known.targets) if len(known.targets) else 1.0
         if not len(asked.targets):
             return {"metrics": None, "temperature": heat}, {"values": torch.zeros(0), "groups": groups}
-        found = heated(asked.outputs, heat)
+        found = heated(asked.outputs.numpy(), heat)
         metrics, values = evaluate_boxes(
             found, asked.targets.astype(np.float64), asked.groups, classes=classes, generator=generator
         )
         return {"metrics": metrics, "temperature": heat}, {"values": torch.from_numpy(values), "groups": groups}
 
 
-def heated(found: Tensor | np.ndarray, temperature: float) -> np.ndarray:
+def heated(found: np.ndarray, temperature: float) -> np.ndarray:
     """Return found boxes (N, D, 6) with their log-scores divided by ``temperature``."""
-    out = np.array(found, dtype=np.float64)
+    out = found.astype(np.float64)
     there = out[..., 5] > 0
     out[..., 4][there] **= 1 / temperature
     return out
