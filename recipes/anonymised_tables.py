@@ -25,15 +25,14 @@ from anonymised_sets import SETS, SITES, Set, dealt
 from sklearn.metrics import roc_auc_score
 
 from confrere import run_experiment
-from confrere.anonymise import Plan, Records, anonymise, assign
 from confrere.anonymise.attacks import Target, intersection, membership
 from confrere.anonymise.dp_learner import SiteRows, chance, fit, noise_for
 from confrere.anonymise.dp_table import noisy_table
 from confrere.anonymise.encode import encode, encode_items, feature_names
-from confrere.anonymise.generalise import losses
-from confrere.anonymise.mapping import as_mapping, entries, mapped_items
-from confrere.anonymise.plan import make_plan
-from confrere.anonymise.records import make_records
+from confrere.anonymise.generalise import anonymise, losses
+from confrere.anonymise.mapping import as_mapping, assign, entries, mapped_items
+from confrere.anonymise.plan import Plan, make_plan
+from confrere.anonymise.records import Records, make_records
 from confrere.anonymise.table import examine, published_items, rows_of
 from confrere.config import override, validate
 from confrere.data.numbers import standardise

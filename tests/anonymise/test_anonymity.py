@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from confrere.anonymise import anonymise
-from confrere.anonymise.generalise import losses
+from confrere.anonymise.generalise import anonymise, losses
 from confrere.anonymise.itemsets import protect
 from confrere.anonymise.plan import Plan
 from confrere.anonymise.table import as_csv, examine, rows_of

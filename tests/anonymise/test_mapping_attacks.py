@@ -11,10 +11,11 @@ import anon_tables as tables
 import numpy as np
 import pytest
 
-from confrere.anonymise import Plan, anonymise, assign, unite
 from confrere.anonymise.attacks import Target, intersection, membership
 from confrere.anonymise.encode import encode, encode_items, feature_names
-from confrere.anonymise.mapping import as_mapping, contains, entries, mapped_items
+from confrere.anonymise.generalise import anonymise
+from confrere.anonymise.mapping import as_mapping, assign, contains, entries, mapped_items, unite
+from confrere.anonymise.plan import Plan
 from confrere.anonymise.table import published_items
 from confrere.errors import DataError
 

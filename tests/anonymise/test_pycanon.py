@@ -18,7 +18,7 @@ from typing import Any
 import anon_tables as tables
 import pytest
 
-from confrere.anonymise import anonymise
+from confrere.anonymise.generalise import anonymise
 from confrere.anonymise.table import as_csv, examine, rows_of
 
 PYTHON = os.environ.get("CONFRERE_PYCANON", "")

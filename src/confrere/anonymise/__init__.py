@@ -4,12 +4,3 @@ A site writes a table in which no record is told apart from fewer than k - 1 oth
 all its quasi-identifiers, and up to m of its items, (k, k^m)-anonymity. Nothing here says that a table is "anonymous":
 :mod:`confrere.anonymise.statement` lists what was checked and what was not.
 """
-
-from __future__ import annotations
-
-from confrere.anonymise.generalise import Release, anonymise
-from confrere.anonymise.mapping import assign, unite
-from confrere.anonymise.plan import Plan, read_plan
-from confrere.anonymise.records import Records, read_records
-
-__all__ = ["Plan", "Records", "Release", "anonymise", "assign", "read_plan", "read_records", "unite"]
