@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 
 from confrere.adapters import lora
@@ -16,9 +17,11 @@ from confrere.adapters.algebra import merge_slots
 from confrere.adapters.folder import export
 from confrere.backbones import Backbone
 from confrere.backbones.pretraining import encoder_files
+from confrere.errors import RunError
 from confrere.federation.site import Site
 from confrere.method import Method, Request
-from confrere.record.files import write_bytes, write_files, write_json
+from confrere.record.files import read_json, write_bytes, write_files, write_json
+from confrere.tasks.volume_segmentation import VolumeSegmentation
 from confrere.tensors import State, Tensors
 
 Model = Literal["general", "personalised"]
@@ -124,3 +127,48 @@ images has not been examined: a hospital that shares them should ask.
 def base_name(backbone: Backbone) -> str:
     """Return what PEFT users pass to ``from_pretrained``: a hub's name where there is one."""
     return backbone.entry.source if backbone.entry.kind in ("transformers", "timm") else backbone.name
+
+
+class Info(BaseModel):
+    """``head.json``, as :func:`export_model` writes it."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    classes: list[str] = Field(min_length=2)
+    slots: list[str]
+    method: dict[str, Any]
+    task: dict[str, Any] = {"name": "classification"}
+    backbone: str
+    backbone_sha256: str
+    depth: int
+    blocks: int
+    targets: str
+    scale: float = Field(gt=0)
+    temperature: float = Field(gt=0)
+    image_size: list[int] = Field(min_length=2, max_length=3)
+    pool: Literal["cls", "mean", "cls+mean"]
+    precision: Literal["fp32", "bf16"]
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Info:
+        """Refuse adapters of a network for volumes, which is trained whole, and models of anything else without."""
+        volumes = self.task.get("name") == VolumeSegmentation.name
+        if volumes == bool(self.slots):
+            raise ValueError("slots: a network for volumes has none, others have")
+        if len(self.image_size) != 2 + volumes:
+            raise ValueError("image_size: volumes have three sides, images two")
+        return self
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Return what an exported ``head.json`` says; RunError if it is missing, damaged or of no model."""
+    found = read_json(path)
+    try:
+        checked = Info.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RunError(
+            f"{key}: {first['msg']}", where=str(path), fix="put the exported file back", code="run-file"
+        ) from error
+    return {**found, "task": checked.task, "image_size": tuple(checked.image_size)}

@@ -6,11 +6,9 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confrere import intake
 from confrere.adapters import lora
@@ -21,11 +19,12 @@ from confrere.data.decode import BadImageError, decode, read_picture
 from confrere.data.options import DataOptions
 from confrere.data.paths import Root
 from confrere.errors import BackboneError, DataError, RunError
+from confrere.export import read_info
 from confrere.method import Method, make
 from confrere.pictures import outlined, placed, png
 from confrere.predict_boxes import predict_boxes
 from confrere.predict_volumes import predict_volumes
-from confrere.record.files import read_json, write_bytes
+from confrere.record.files import write_bytes
 from confrere.tasks import make_task
 from confrere.tensors import Tensors
 
@@ -46,7 +45,7 @@ class Predictor:
                 fix=f"use one of: {', '.join(known)}" if known else "finish the run first: confrere resume RUN",
                 code="unknown-site",
             )
-        self.info = _info(folder / "head.json")
+        self.info = read_info(folder / "head.json")
         self.classes: list[str] = self.info["classes"]
         slots: list[str] = self.info["slots"]
         params: dict[str, torch.Tensor] = {}
@@ -133,40 +132,6 @@ class Predictor:
                 fix="predict without --overlay",
                 code="prediction",
             )
-
-
-class _Info(BaseModel):
-    """``head.json``, as :func:`confrere.export.export_adapters` writes it."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    classes: list[str] = Field(min_length=2)
-    slots: list[str]
-    method: dict[str, Any]
-    task: dict[str, Any] = {"name": "classification"}
-    backbone: str
-    backbone_sha256: str
-    depth: int
-    blocks: int
-    targets: str
-    scale: float = Field(gt=0)
-    temperature: float = Field(gt=0)
-    image_size: list[int] = Field(min_length=2, max_length=3)
-    pool: Literal["cls", "mean", "cls+mean"]
-    precision: Literal["fp32", "bf16"]
-
-
-def _info(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    try:
-        checked = _Info.model_validate(found)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RunError(
-            f"{key}: {first['msg']}", where=str(path), fix="put the exported file back", code="run-file"
-        ) from error
-    return {**found, "task": checked.task, "image_size": tuple(checked.image_size)}
 
 
 def _below(folder: Path, name: str) -> Path:

@@ -28,6 +28,7 @@ from confrere.methods.sdflora import alive
 from confrere.predict import Predictor
 from confrere.record.files import read_json, read_state
 from confrere.record.run import Run
+from confrere.seeds import torch_generator
 from confrere.tensors import State, Tensors, digest, flatten
 
 RANKS = {"a": 2, "b": 4, "c": 8}
@@ -280,7 +281,7 @@ def test_wrong_options_name_the_key_and_the_way_out(name: str, options: dict[str
 def test_norms_are_trained_and_a_new_hospital_has_the_pretrained_ones(tmp_path: Path) -> None:
     method = make("fedbn")
     final, sites = tiny_run(method, tmp_path)
-    pretrained = backbone_of(method).norms
+    pretrained = backbone_of(method).start(torch_generator(0, "norms"))
     assert pretrained
     assert not pretrained.keys() & {name.partition("/")[2] for name in flatten(final)}
     for name in SITES:
@@ -324,7 +325,7 @@ def test_an_exported_folder_predicts_what_the_site_predicts(
     site = make_site(task, name, Run(run))
     server = Run(run).server(chosen)
     params = site.params(Request(kind="evaluate", round=chosen, state=task.method.broadcast(server, name)))
-    norms = task.backbone.norms
+    norms = task.backbone.start(torch_generator(0, "norms"))
     rest = load_file(run / "adapters" / name / "head.safetensors")
     assert rest.keys() == norms.keys() | {"head.weight", "head.bias"}
     assert not (run / "adapters" / name / "merged").exists()  # no adapter alone is this model
