@@ -12,6 +12,7 @@ from forgetting_runs import SITE, hospitals, never_had, patients_of, states, tra
 from confrere.federation.sampling import sample
 from confrere.forgetting.forget import forget
 from confrere.forgetting.who import Whom
+from confrere.progress import progress
 from confrere.record.files import read_json
 from confrere.record.run import Run
 from confrere.seeds import numpy_generator
@@ -38,7 +39,8 @@ def late_seed(rounds: int) -> int:
 
 def test_a_site_is_forgotten_to_the_byte(tmp_path: Path, run: Path, data: Path) -> None:
     before = states(run)
-    found = forget(run, Whom(site=SITE), tmp_path / "new")
+    with progress(quiet=False) as notify:  # what a terminal shows must not get in the way
+        found = forget(run, Whom(site=SITE), tmp_path / "new", notify=notify)
     gold = states(never_had(run, data, tmp_path / "gold", site=SITE))
     assert states(tmp_path / "new") == gold
     assert gold[LAST] != before[LAST]

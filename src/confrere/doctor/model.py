@@ -36,10 +36,12 @@ def model_findings(experiment: Experiment, federation: Federation, out: Path | N
     pinned = experiment.backbone.sha256 or backbone.entry.sha256
     hashed = f"SHA-256 {backbone.digest[:16]}, {'as expected' if pinned else 'not pinned'}"
     yield Finding("ok", "backbone", f"{backbone.depth} blocks, {hashed}", backbone.name)
-    with torch.no_grad():
-        part = as_numpy(backbone.prefix(federation.sites[0].images[np.arange(1)]))
+    part = federation.sites[0].images[np.arange(1)]
+    if not backbone.anatomy.trained:
+        with torch.no_grad():
+            part = as_numpy(backbone.prefix(part))
     yield _memory(experiment, backbone, part)
-    if not federation.tabular:
+    if not (federation.tabular or backbone.anatomy.trained):  # these keep no activations
         kept = sum(file.stat().st_size for file in cache_dir().glob("tokens-*.npy"))
         need = cache_bytes(experiment, federation, part.nbytes)
         yield room("cache room", cache_dir(), need, DataError.exit_code, there=kept)

@@ -38,6 +38,7 @@ def rebuild(run: Path, opened: Opened, out: Path, notify: Notify = lambda event:
         torch.set_num_threads(threads(experiment, opened.after))
         if not drifted:
             take_over(Run(run), opened, task, new)
+        notify({"event": "method", "name": task.method.name, "rounds": experiment.rounds})
         train(task, out, notify)
     done = [event for event in new.events() if event["event"] == "round"]
     again = [event for event in done if any(entry["seconds"] for entry in event["sites"].values())]
