@@ -313,7 +313,7 @@ def test_reported_bytes_are_the_bytes_that_moved(method: Method, tmp_path: Path)
         assert record[name]["received_bytes"] == n_bytes(request.state)
 
 
-@every
+@by_method
 def test_training_learns(method: Method, tmp_path: Path) -> None:
     tiny_run(method, tmp_path, rounds=4, steps=8, lr=1e-2)
     losses = [
