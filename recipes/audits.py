@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from ham10000 import prepare, without_path
-from scipy.stats import t
 
 from confrere.audits.audit import Choice
 from confrere.audits.job import audit
 from confrere.config import override, validate
 from confrere.job import run_experiment
+from confrere.metrics.bootstrap import reach
 from confrere.record.files import read_json
 from confrere.record.machine import machine
 from confrere.report import write_report
@@ -63,8 +63,7 @@ def mean(values: list[float | None], digits: int = 3) -> str:
         return "-"
     if len(known) < 3:
         return f"{np.mean(known):.{digits}f}"
-    half = t.ppf(0.975, len(known) - 1) * np.std(known, ddof=1) / len(known) ** 0.5
-    return f"{np.mean(known):.{digits}f} ± {half:.{digits}f}"
+    return f"{np.mean(known):.{digits}f} ± {reach(known):.{digits}f}"
 
 
 def ends(cell: dict[str, float | None]) -> str:

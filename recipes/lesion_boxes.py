@@ -9,17 +9,12 @@ examined once at the end of each run.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from comparison_page import compared
-from lesion_masks import prepare
-
-from confrere.config import override, validate
+from lesion_masks import carry_out
 
 METHODS = ("fedopal", "fedit", "local", "pooled")
-SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {
     "task": "detection",
     "threads": 1,
@@ -34,18 +29,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("results/lesion-boxes"))
-    parser.add_argument("--lesions", type=int, default=120)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("overrides", nargs="*", help="key.path=value")
-    args = parser.parse_intermixed_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    table = prepare(args.data, args.out, args.lesions)
-    experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, args.overrides))
-    compared(experiment, args.methods, SEEDS, args.out / "compare", args.jobs)
+    carry_out(__doc__, SETTINGS, METHODS, Path("results/lesion-boxes"), 120)
 
 
 if __name__ == "__main__":

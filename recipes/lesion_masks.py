@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,24 @@ def unpack(archive: Path, folder: Path, wanted: set[str], ending: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    carry_out(__doc__, SETTINGS, METHODS, Path("results/lesion-masks"), 240)
+
+
+def carry_out(
+    description: str | None, settings: dict[str, Any], methods: Sequence[str], out: Path, lesions: int
+) -> None:
+    """Compare methods as the command line says, with these defaults; also what the recipe for boxes does."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("results/lesion-masks"))
-    parser.add_argument("--lesions", type=int, default=240)
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--lesions", type=int, default=lesions)
+    parser.add_argument("--methods", default=",".join(methods))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     args.out.mkdir(parents=True, exist_ok=True)
     table = prepare(args.data, args.out, args.lesions)
-    experiment = validate(override({**SETTINGS, "path": str(table.resolve())}, args.overrides))
+    experiment = validate(override({**settings, "path": str(table.resolve())}, args.overrides))
     compared(experiment, args.methods, SEEDS, args.out / "compare", args.jobs)
 
 

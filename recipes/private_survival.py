@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import tcga_brca
 import torch
-from scipy.stats import t as student
 
 from confrere.config import override, validate
 from confrere.errors import MissingExtraError
@@ -37,6 +36,7 @@ from confrere.job import prepare as prepare_job
 from confrere.method import Method, Reply, make
 from confrere.methods.dpfed import DPFed
 from confrere.methods.noise import clipped
+from confrere.metrics.bootstrap import reach
 from confrere.opening import open_data
 from confrere.optimiser import AdamW
 from confrere.privacy import epsilon
@@ -290,7 +290,7 @@ def interval(values: Sequence[float]) -> str:
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:
         return f"{array.mean():.3f}"
-    half = float(student.ppf(0.975, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5)
+    half = reach(values)
     return f"{array.mean():.3f} ({array.mean() - half:.3f} to {array.mean() + half:.3f})"
 
 

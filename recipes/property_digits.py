@@ -20,6 +20,7 @@ from confrere.audits.property_classifier import persistence, train_score
 from confrere.audits.property_prolin import prolin
 from confrere.federation.participation import identifiability
 from confrere.federation.sampling import sample
+from confrere.metrics.bootstrap import reach
 from confrere.privacy import epsilon
 from confrere.seeds import numpy_generator
 
@@ -246,10 +247,8 @@ def noise_for(target: float, rounds: int) -> float:
 
 def interval(values: list[float], *, cut: bool = False) -> str:
     """Return mean and 95 % Student t interval over seeds, cut to 0..1 for what cannot be beyond."""
-    from scipy.stats import t
-
-    mean, n = float(np.mean(values)), len(values)
-    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else 0.0
+    mean = float(np.mean(values))
+    half = reach(values) if len(values) > 1 else 0.0
     low, high = (max(0.0, mean - half), min(1.0, mean + half)) if cut else (mean - half, mean + half)
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 

@@ -17,7 +17,7 @@ from confrere.backbones import Backbone, load
 from confrere.config import read
 from confrere.data.decode import BadImageError, decode, read_picture
 from confrere.data.options import DataOptions
-from confrere.data.paths import Root
+from confrere.data.paths import Root, fit_for_csv
 from confrere.errors import BackboneError, DataError, RunError
 from confrere.export import read_info
 from confrere.method import Method, make
@@ -248,11 +248,6 @@ def _decode(
         except BadImageError as error:
             problems.append(f"{name}: {error}")
     return images, names, sizes, problems
-
-
-def fit_for_csv(name: str) -> str:
-    """Return a path to the same file that is no formula to a spreadsheet."""
-    return f"./{name}" if name[0] in "=+-@" else name
 
 
 def _csv(names: Sequence[str], rows: Sequence[np.ndarray], columns: Sequence[str], *, named: bool) -> bytes:

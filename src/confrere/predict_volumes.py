@@ -13,6 +13,7 @@ import numpy as np
 from confrere.data.decode import BadImageError
 from confrere.data.grid import nifti_bytes
 from confrere.data.options import Grid
+from confrere.data.paths import fit_for_csv
 from confrere.data.volume import Volume, prepared, read_volume, restored
 from confrere.errors import DataError
 from confrere.record.files import write_bytes
@@ -48,7 +49,7 @@ def predict_volumes(predictor: Predictor, data: Mapping[str, Any], source: Path,
         labels = predictor.probabilities(seen)[0].argmax(0).astype(np.uint8)
         whole = restored(labels, volume.voxels.shape, volume.spacing, grid.spacing)
         write_bytes(out.with_name(out.stem + "_masks") / f"{len(rows):04d}.nii.gz", nifti_bytes(whole, volume.affine))
-        rows.append([f"./{name}" if name[0] in "=+-@" else name, *_millilitres(whole, volume, len(predictor.classes))])
+        rows.append([fit_for_csv(name), *_millilitres(whole, volume, len(predictor.classes))])
     if not rows:
         raise DataError(
             "none of the files is a readable volume",

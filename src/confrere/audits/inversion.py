@@ -10,7 +10,6 @@ block instead of pixels, without a prior on images.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from confrere.consistency import UNITS
 from confrere.errors import ConfigError
 from confrere.job import initial
 from confrere.learner import Learner, TrainSettings
+from confrere.metrics.bootstrap import reach
 from confrere.optimiser import AdamW
 from confrere.seeds import numpy_generator
 from confrere.tensors import Tensors, sub
@@ -189,12 +189,10 @@ def attack_tokens(bench: Bench, victim: Victim) -> Tensor:
 
 def interval(values: list[float]) -> Interval:
     """Return a mean with its 95 % Student t interval over images."""
-    from scipy.stats import t
-
-    if len(values) < 3:
-        return Interval(float(np.mean(values)) if values else None)
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Interval(float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half)
+    mean = float(np.mean(values)) if values else None
+    if mean is None or len(values) < 3:
+        return Interval(mean)
+    return Interval(mean, mean - reach(values), mean + reach(values))
 
 
 def measured(benches: dict[str, Bench], victims: list[tuple[str, Victim]], what: str) -> tuple[Interval, Interval]:

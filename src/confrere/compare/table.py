@@ -9,6 +9,7 @@ import numpy as np
 
 from confrere.compare.grid import Grid, title, value
 from confrere.method import METHODS
+from confrere.metrics.bootstrap import reach
 
 
 def row(grid: Grid, label: str, targets: Mapping[str, float | None]) -> dict[str, Any]:
@@ -76,14 +77,12 @@ def over_seeds(per_seed: Sequence[Sequence[float]]) -> dict[str, Any] | None:
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
     """Return the mean of scores in 0..1 and its 95 % Student t interval, cut to 0..1; none from a single value."""
-    from scipy.special import stdtrit
-
     if not values:
         return {"mean": None, "low": None, "high": None}
     mean = float(np.mean(values))
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+    half = reach(values)
     return {"mean": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
 
 

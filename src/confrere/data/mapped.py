@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -128,6 +128,46 @@ def open_sealed(path: Path, rows: int) -> Mapped | None:
     except (OSError, ValueError, EOFError):
         return None
     return kept if len(kept) == rows else None
+
+
+def made(
+    path: Path,
+    shape: tuple[int, ...],
+    kind: type,
+    fill: Callable[[NDArray[Any]], None],
+    what: str,
+    whole: Callable[[], bool] = lambda: True,
+) -> Mapped:
+    """Return an array of the cache, filled by one process if it is not there.
+
+    Args:
+        path: of the file; its folder is the cache.
+        shape: of the array.
+        kind: of its numbers.
+        fill: is given the array to write into.
+        what: it holds, for the message.
+        whole: whether what belongs beside it is there, too; else it is made anew.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        with one_maker(path.parent):
+            kept = open_sealed(path, shape[0])
+            if kept is None or not whole():
+                with sealed(path) as name:
+                    out = np.lib.format.open_memmap(name, mode="w+", dtype=kind, shape=shape)
+                    fill(out)
+                    out.flush()
+                kept = Mapped(path)
+            return kept
+    except OSError as error:
+        raise DataError(
+            f"cannot write the cache of {what}: {error.strerror}",
+            where=str(path.parent),
+            fix="free space there, or choose another cache folder",
+            code="cache",
+        ) from error
 
 
 def _open(path: Path) -> NDArray[Any]:

@@ -14,11 +14,10 @@ from PIL import Image, ImageOps
 
 from confrere.data.cache import Fact, workers
 from confrere.data.decode import BadImageError, read_picture, values
-from confrere.data.mapped import Mapped, one_maker, open_sealed, sealed
+from confrere.data.mapped import Mapped, made
 from confrere.data.register import Registration, SiteFiles, only
 from confrere.data.sources import Problem, Row
 from confrere.data.view import View
-from confrere.errors import DataError
 
 DEFAULT_CLASSES = ("background", "foreground")
 NONE = "the image has no mask"
@@ -105,27 +104,13 @@ def _kept(
     facts = site.entry.facts
     text = "|".join([f"{_VERSION}", f"{size}", f"{classes}", *digests, *(fact.digest for fact in facts)])
     path = cache / f"masks-{hashlib.sha256(text.encode()).hexdigest()}.npy"
-    try:
-        with one_maker(cache):
-            masks = open_sealed(path, len(facts))
-            if masks is None:
-                _write(path, facts, read, classes, size)
-                masks = Mapped(path)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache of masks: {error.strerror}",
-            where=str(cache),
-            fix="free space there, or choose another cache folder",
-            code="cache",
-        ) from error
+
+    def fill(out: NDArray[np.uint8]) -> None:
+        with ThreadPoolExecutor(workers()) as pool:
+            found = pool.map(lambda pair: _decoded(pair[0], pair[1], size, classes), zip(read, facts, strict=True))
+            for row, mask in enumerate(found):
+                out[row] = _BAD if isinstance(mask, str) else mask
+
+    masks = made(path, (len(facts), *size), np.uint8, fill, "masks")
     corners = [masks[i : i + _PART][:, 0, 0] for i in range(0, len(masks), _PART)]
     return masks, np.concatenate([*corners, np.zeros(0, np.uint8)]) != _BAD
-
-
-def _write(path: Path, facts: Sequence[Fact], read: Sequence[bytes], classes: int, size: tuple[int, int]) -> None:
-    with sealed(path) as name, ThreadPoolExecutor(workers()) as pool:
-        out = np.lib.format.open_memmap(name, mode="w+", dtype=np.uint8, shape=(len(facts), *size))
-        made = pool.map(lambda pair: _decoded(pair[0], pair[1], size, classes), zip(read, facts, strict=True))
-        for row, mask in enumerate(made):
-            out[row] = _BAD if isinstance(mask, str) else mask
-        out.flush()

@@ -146,3 +146,8 @@ def check_class_name(name: str, where: str = "") -> str:
             code="class-name",
         )
     return name
+
+
+def fit_for_csv(name: str) -> str:
+    """Return a path to the same file that is no formula to a spreadsheet."""
+    return f"./{name}" if name[0] in "=+-@" else name

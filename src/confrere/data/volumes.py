@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from confrere import intake
 from confrere.data.cache import CHANGED, Entry, Fact
 from confrere.data.decode import EMPTY, SPECIAL, BadImageError, refusal
-from confrere.data.mapped import Mapped, one_maker, open_sealed, sealed
+from confrere.data.mapped import made, sealed
 from confrere.data.masks import NONE
 from confrere.data.options import Grid
-from confrere.data.register import MISSING, Registration, SiteFiles
+from confrere.data.register import MISSING, Registration, SiteFiles, only
 from confrere.data.sources import Problem, Row
 from confrere.data.view import View
 from confrere.data.volume import prepared, prepared_labels, read_labels, read_volume
-from confrere.errors import DataError
 
 _VERSION = 1
 _BAD = 255  # fills the labels that cannot be used
@@ -82,7 +81,7 @@ def placed(cache: Path, files: Mapping[str, Path], grid: Grid) -> Entry:
         with sealed(beside) as name:
             Path(name).write_text(json.dumps(notes))
 
-    kept = _made(cache, path, shape, np.float32, fill, lambda: _notes(beside, digests))
+    kept = made(path, shape, np.float32, fill, "volumes", lambda: _notes(beside, digests) is not None)
     told = notes or _notes(beside, digests) or {}
     good = np.array([row for row, digest in enumerate(digests) if "bad" not in told[digest]], dtype=np.int64)
     none = (0.0, 0.0, 0.0)
@@ -117,21 +116,15 @@ def with_labels(registration: Registration, classes: Sequence[str], grid: Grid, 
                 found = _labels(row, len(classes), grid)
                 out[index] = _BAD if isinstance(found, str) else found
 
-        kept = _made(cache, cache / f"{key}.npy", shape, np.uint8, fill)
+        kept = made(cache / f"{key}.npy", shape, np.uint8, fill, "volumes")
         good = np.array([int(kept[row].flat[0]) != _BAD for row in range(len(kept))], dtype=np.bool_)
         for row, fine in zip(site.rows, good, strict=True):
             if not fine:
                 why = str(_labels(row, len(classes), grid))
                 problems.append(Problem(site=site.name, name=row.name, reason=why))
         rows = np.flatnonzero(good)
-        images = site.entry.images
-        entry = replace(
-            site.entry,
-            images=images[rows] if isinstance(images, np.ndarray) else View(images, rows),
-            facts=tuple(site.entry.facts[i] for i in rows),
-        )
-        kept_rows, kept_told = tuple(site.rows[i] for i in rows), tuple(told[i] for i in rows)
-        sites.append(replace(site, rows=kept_rows, entry=entry, targets=View(kept, rows), target_digests=kept_told))
+        digests = tuple(told[i] for i in rows)
+        sites.append(replace(only(site, rows), targets=View(kept, rows), target_digests=digests))
     ordered = tuple(sorted(problems, key=lambda p: (p.site, p.name, p.reason)))
     return replace(registration, sites=tuple(sites), problems=ordered)
 
@@ -184,31 +177,3 @@ def _notes(path: Path, digests: Sequence[str]) -> dict[str, dict[str, Any]] | No
         return None
     whole = isinstance(found, dict) and sorted(found) == list(digests)
     return found if whole and all(isinstance(one, dict) and _NOTES & one.keys() for one in found.values()) else None
-
-
-def _made(
-    cache: Path,
-    path: Path,
-    shape: tuple[int, ...],
-    kind: type,
-    fill: Callable[[NDArray[Any]], None],
-    beside: Callable[[], object] = lambda: True,
-) -> Mapped:
-    """Return an array of the cache, filled if it is not there."""
-    try:
-        with one_maker(cache):
-            kept = open_sealed(path, shape[0])
-            if kept is None or beside() is None:
-                with sealed(path) as name:
-                    out = np.lib.format.open_memmap(name, mode="w+", dtype=kind, shape=shape)
-                    fill(out)
-                    out.flush()
-                kept = Mapped(path)
-            return kept
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache of volumes: {error.strerror}",
-            where=str(cache),
-            fix="free space there, or choose another cache folder",
-            code="cache",
-        ) from error

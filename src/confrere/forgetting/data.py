@@ -15,10 +15,9 @@ import numpy as np
 
 from confrere.backbones import default_size
 from confrere.config import Experiment
-from confrere.data.cache import Entry
 from confrere.data.federation import Federation, SiteImages, build, examine
-from confrere.data.register import Registration, SiteFiles
-from confrere.data.sources import Listing, Row
+from confrere.data.register import Registration, SiteFiles, only
+from confrere.data.sources import Listing
 from confrere.data.splits import NAMES, write_splits
 from confrere.data.table import read_rows
 from confrere.data.view import View
@@ -212,19 +211,11 @@ def _kept(files: SiteFiles, keep: Sequence[bool]) -> SiteFiles:
     if not len(chosen):
         what, fix = "no image of the site would be left", f"forget the whole site: --site {files.name}"
         raise ConfigError(what, where=f"site {files.name}", fix=fix, code="forgetting")
-    images: Any = files.entry.images
     targets: Any = files.targets
-    part = images[chosen] if isinstance(images, np.ndarray) else View(images, chosen)
-    rows: tuple[Row, ...] = tuple(files.rows[i] for i in chosen)
     if targets is not None:
         targets = targets[chosen] if isinstance(targets, np.ndarray) else View(targets, chosen)
-    return replace(
-        files,
-        rows=rows,
-        entry=Entry(images=part, facts=tuple(files.entry.facts[i] for i in chosen), bad=files.entry.bad),
-        targets=targets,
-        target_digests=tuple(files.target_digests[i] for i in chosen) if files.target_digests else (),
-    )
+    digests = tuple(files.target_digests[i] for i in chosen) if files.target_digests else ()
+    return replace(only(files, chosen), targets=targets, target_digests=digests)
 
 
 def _renumbered(groups: Mapping[str, int], left: set[str]) -> dict[str, int]:

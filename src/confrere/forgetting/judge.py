@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from confrere.adapters import head
 from confrere.adapters.algebra import inner, pairs
 from confrere.backbones import Backbone
 from confrere.learner import predict
 from confrere.metrics import score
-from confrere.metrics.bootstrap import draw, percentile
+from confrere.metrics.bootstrap import draw, percentile, reach
 from confrere.seeds import numpy_generator
 from confrere.tensors import Tensors
 from confrere.tokenset import TokenSet
@@ -158,7 +157,7 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+    half = reach(values)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

@@ -7,6 +7,8 @@ resamples is one matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr, ndtri, stdtr, stdtrit
@@ -67,6 +69,12 @@ def effective_patients(images_PK: Floats) -> float:
     if not n.size:
         return 0.0
     return 1.0 + float((1 / n).sum() ** 2 / (1 / (n**2 * np.maximum(n - 1, 1))).sum())
+
+
+def reach(values: Sequence[float]) -> float:
+    """Return how far the 95 % Student t interval of a mean reaches on either side; at least two values."""
+    n = len(values)
+    return float(stdtrit(n - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / n**0.5)
 
 
 def tail(patients: float) -> float:
