@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from nursery import Forked, Nursery
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -142,9 +143,13 @@ atexit.register(at_end)
 
 @dataclass
 class Place:
-    """A home of canaries: what is run here leaves its files below ``root``, and its words in ``said``."""
+    """A home of canaries: what is run here leaves its files below ``root``, and its words in ``said``.
+
+    With a nursery commands are forks, which have their imports done.
+    """
 
     root: Path
+    nursery: Nursery | None = None
     inputs: list[Path] = field(default_factory=list)
     said: list[tuple[str, str, bytes]] = field(default_factory=list)
 
@@ -165,13 +170,15 @@ class Place:
             "COLUMNS": "200", "MPLCONFIGDIR": str(Path(tempfile.gettempdir()) / "confrere-matplotlib"),
         }  # fmt: skip
 
-    def start(self, *arguments: object) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: object) -> subprocess.Popen[bytes] | Forked:
+        if self.nursery:
+            return self.nursery.start([str(a) for a in arguments], self.environment(), cwd=self.home)
         command = [sys.executable, "-m", "confrere", *map(str, arguments)]
         return subprocess.Popen(
             command, env=self.environment(), cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    def finish(self, process: subprocess.Popen[bytes], verb: str) -> int:
+    def finish(self, process: subprocess.Popen[bytes] | Forked, verb: str) -> int | None:
         """Wait; keep what was said under ``verb``."""
         try:
             out, err = process.communicate(timeout=600)
@@ -182,7 +189,7 @@ class Place:
         self.said += [(verb, "stdout", out), (verb, "stderr", err)]
         return process.returncode
 
-    def run(self, *arguments: object) -> int:
+    def run(self, *arguments: object) -> int | None:
         """Run one command to its end; return its exit status."""
         words = [str(a) for a in arguments]
         return self.finish(self.start(*words), " ".join(words[:2]) if words[0] == "data" else words[0])

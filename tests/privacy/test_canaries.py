@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from canaries import CELLS, CONTENT, FILES, FOLDERS, HOME, META, PEOPLE, Place, hits, hospitals, save, table
+from nursery import Nursery
 
 FAST = [
     "backbone.name=test-vit", "adapter.blocks=2", "rounds=2", "train.steps=2", "train.batch_size=4", "threads=1",
@@ -58,6 +59,14 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    folder = tmp_path_factory.mktemp("nursery")
+    started = Nursery({**Place(folder).environment(), "PYTHONPATH": ""}, folder / "said")
+    yield started
+    started.close()
+
+
 def test_there_are_enough_canaries() -> None:
     assert len(set(PEOPLE)) == len(PEOPLE) >= 50
     assert not [c for c in PEOPLE if hits(c.encode(), [o for o in PEOPLE if o != c])], "one is not part of another"
@@ -88,18 +97,27 @@ def test_the_canaries_are_in_the_files(tmp_path: Path) -> None:
     assert len(hits(content, (*FILES, *META, *CONTENT[:3], FOLDERS[0]))) >= 20
 
 
+LEAK = "import socket as k; s = k.socket(); s.bind(('127.0.0.1', 0)); s.listen(); k.create_connection(s.getsockname())"
+SEEN = {"socket.bind", "socket.listen", "socket.connect"}
+
+
 def test_the_watch_sees_sockets_and_the_search_sees_leaks(place: Place) -> None:
-    code = (
-        "import socket as k; s = k.socket(); s.bind(('127.0.0.1', 0)); s.listen(); k.create_connection(s.getsockname())"
-    )
-    subprocess.run([sys.executable, "-c", code], env=place.environment(), check=True)
-    assert {line.split()[0] for line in sockets(place)} >= {"socket.bind", "socket.listen", "socket.connect"}
+    subprocess.run([sys.executable, "-c", LEAK], env=place.environment(), check=True)
+    assert {line.split()[0] for line in sockets(place)} >= SEEN
     assert leaks(place) == []
     (place.home / "run").mkdir()
     (place.home / "run" / "report.json").write_text(f'"{FILES[3]}", "{place.home}"')
     place.said.append(("run", "stderr", FILES[4].encode()))
     place.said.append(("predict", "stdout", FILES[5].encode()))
     assert [line.split(": ", 1)[1] for line in leaks(place)] == [FILES[4], FILES[3], f"the place {HOME}"]
+
+
+@pytest.mark.slow
+def test_the_watch_sees_sockets_of_forks(place: Place, nursery: Nursery) -> None:
+    (place.root / "leak.py").write_text(LEAK)
+    forked = nursery.start([], place.environment(), place.root / "leak.py")
+    assert forked.communicate(60) == (b"", b"")
+    assert {line.split()[0] for line in sockets(place)} >= SEEN
 
 
 @pytest.mark.slow
@@ -141,7 +159,7 @@ def test_good_runs_name_nobody_and_open_no_socket(place: Place, capsys: pytest.C
         print(f"G38: 0 sockets bound, listening or connected in {len(commands)} commands")
 
 
-Failure = Callable[[Place, Path], int]
+Failure = Callable[[Place, Path], int | None]
 FAILURES: dict[str, Failure] = {}
 
 
@@ -150,11 +168,11 @@ def failure(spoil: Failure) -> Failure:
     return spoil
 
 
-def begin(place: Place, data: Path, *options: str) -> int:
+def begin(place: Place, data: Path, *options: str) -> int | None:
     return place.run("run", data, "--out", place.home / "run", *FAST, *options)
 
 
-def csv(place: Place, text: str, name: str = "t.csv", *options: str) -> int:
+def csv(place: Place, text: str, name: str = "t.csv", *options: str) -> int | None:
     """Run on a table of this text, the paths of which lead to nothing."""
     file = place.home / "data" / name
     file.write_text(text)
@@ -163,37 +181,37 @@ def csv(place: Place, text: str, name: str = "t.csv", *options: str) -> int:
 
 
 @failure
-def every_image_of_a_site_is_broken(place: Place, data: Path) -> int:
+def every_image_of_a_site_is_broken(place: Place, data: Path) -> int | None:
     for file in (data / "south").glob("[!.]*/*.*"):
         file.write_bytes(f"{file.name} of {CONTENT[3]}".encode())
     return begin(place, data)
 
 
 @failure
-def broken_images_stop_the_run(place: Place, data: Path) -> int:
+def broken_images_stop_the_run(place: Place, data: Path) -> int | None:
     return begin(place, data, "data.on_bad=stop")
 
 
 @failure
-def patients_have_folders(place: Place, data: Path) -> int:
+def patients_have_folders(place: Place, data: Path) -> int | None:
     save(data / "north" / FOLDERS[2] / "benign" / "1.png", 0, 900)
     return begin(place, data)
 
 
 @failure
-def an_image_lies_beside_the_folders(place: Place, data: Path) -> int:
+def an_image_lies_beside_the_folders(place: Place, data: Path) -> int | None:
     save(data / "north" / f"{FILES[3]}.png", 0, 900)
     return begin(place, data)
 
 
 @failure
-def a_link_leads_out(place: Place, data: Path) -> int:
+def a_link_leads_out(place: Place, data: Path) -> int | None:
     (data / "north" / FOLDERS[3]).symlink_to(place.root)
     return begin(place, data)
 
 
 @failure
-def images_are_pipes_and_links(place: Place, data: Path) -> int:
+def images_are_pipes_and_links(place: Place, data: Path) -> int | None:
     for file in (data / "south").glob("[!.]*/*.*"):
         file.unlink()
     os.mkfifo(data / "south" / "benign" / f"{FILES[4]}.png")
@@ -202,55 +220,55 @@ def images_are_pipes_and_links(place: Place, data: Path) -> int:
 
 
 @failure
-def a_table_without_header(place: Place, data: Path) -> int:
+def a_table_without_header(place: Place, data: Path) -> int | None:
     return csv(place, f"{FILES[0]}.png,{CELLS[1]},{CELLS[1]}\n{FILES[1]}.png,{CELLS[2]},{CELLS[3]}\n")
 
 
 @failure
-def a_table_whose_header_is_a_patient(place: Place, data: Path) -> int:
+def a_table_whose_header_is_a_patient(place: Place, data: Path) -> int | None:
     return csv(place, f"path-{CELLS[1]},label,site\n{FILES[1]}.png,benign,north\n")
 
 
 @failure
-def a_table_with_ragged_lines(place: Place, data: Path) -> int:
+def a_table_with_ragged_lines(place: Place, data: Path) -> int | None:
     return csv(place, f"path,label,site\n{FILES[0]}.png,benign,north,{CELLS[4]}\n")
 
 
 @failure
-def a_table_with_a_broken_quote(place: Place, data: Path) -> int:
+def a_table_with_a_broken_quote(place: Place, data: Path) -> int | None:
     return csv(place, f'path,label,site\n"{FILES[0]}.png"{CELLS[5]},benign,north\n')
 
 
 @failure
-def a_table_that_is_not_utf8(place: Place, data: Path) -> int:
+def a_table_that_is_not_utf8(place: Place, data: Path) -> int | None:
     file = place.home / "data" / "t.csv"
     file.write_bytes(f"path,label,site\n{FILES[0]}.png,benign,north {CELLS[6]}".encode("ascii", "replace") + b"\xff\n")
     return begin(place, file)
 
 
 @failure
-def a_table_with_paths_that_lead_out(place: Place, data: Path) -> int:
+def a_table_with_paths_that_lead_out(place: Place, data: Path) -> int | None:
     return csv(place, f"path,label,site\n../{FILES[0]}.png,benign,north\n/{FILES[1]}.png,malignant,north\n")
 
 
 @failure
-def a_table_of_files_that_are_gone(place: Place, data: Path) -> int:
+def a_table_of_files_that_are_gone(place: Place, data: Path) -> int | None:
     return csv(place, f"path,label,site,patient\n{FILES[0]}.png,benign,north,{CELLS[7]}\n{FILES[1]}.png,x,north,\n")
 
 
 @failure
-def a_table_with_wrong_labels_and_splits(place: Place, data: Path) -> int:
+def a_table_with_wrong_labels_and_splits(place: Place, data: Path) -> int | None:
     return csv(place, f"path,label,site,split\n{FILES[0]}.png,={CELLS[8]},north,train\na.png,x,north,{CELLS[9]}\n")
 
 
 @failure
-def a_table_of_numbers_with_words(place: Place, data: Path) -> int:
+def a_table_of_numbers_with_words(place: Place, data: Path) -> int | None:
     return csv(place, f"site,label,patient,age\nnorth,x,{CELLS[10]},3\nnorth,y,{CELLS[11]},{CELLS[12]}\n", "n.csv",
                "backbone.name=mlp")  # fmt: skip
 
 
 @failure
-def a_patient_in_two_splits(place: Place, data: Path) -> int:
+def a_patient_in_two_splits(place: Place, data: Path) -> int | None:
     rows = table(place.home / "data" / "t")
     head, *lines = (line.split(",") for line in rows.read_text().splitlines())
     moved = [[*cells[:3], CELLS[1], *cells[4:], "test" if n == 0 else "train"] for n, cells in enumerate(lines)]
@@ -259,32 +277,32 @@ def a_patient_in_two_splits(place: Place, data: Path) -> int:
 
 
 @failure
-def a_table_of_patients_that_is_wrong(place: Place, data: Path) -> int:
+def a_table_of_patients_that_is_wrong(place: Place, data: Path) -> int | None:
     (data / "patients.csv").write_text(f"file,patient\n../{FILES[0]}.png,{CELLS[2]}\n{FILES[1]}.png,{CELLS[3]},9\n")
     return begin(place, data)
 
 
 @failure
-def a_manifest_with_a_folder_that_is_gone(place: Place, data: Path) -> int:
+def a_manifest_with_a_folder_that_is_gone(place: Place, data: Path) -> int | None:
     text = f'[federation]\nname = "x"\n# {CELLS[4]}\n[[site]]\nname = "north"\npath = "{FOLDERS[4]}"\n'
     (data / "federation.toml").write_text(text)
     return begin(place, data)
 
 
 @failure
-def a_manifest_that_is_no_toml(place: Place, data: Path) -> int:
+def a_manifest_that_is_no_toml(place: Place, data: Path) -> int | None:
     (data / "federation.toml").write_text(f'[federation]\nname = "{CELLS[5]}\npath = {CELLS[6]}\n')
     return begin(place, data)
 
 
 @failure
-def a_manifest_with_unknown_keys(place: Place, data: Path) -> int:
+def a_manifest_with_unknown_keys(place: Place, data: Path) -> int | None:
     (data / "federation.toml").write_text(f'[federation]\nname = "x"\nowner = "{CELLS[7]}"\n')
     return begin(place, data)
 
 
 @failure
-def a_directory_in_use(place: Place, data: Path) -> int:
+def a_directory_in_use(place: Place, data: Path) -> int | None:
     from filelock import FileLock
 
     (place.home / "run").mkdir()
@@ -293,12 +311,12 @@ def a_directory_in_use(place: Place, data: Path) -> int:
 
 
 @failure
-def losses_that_are_not_finite(place: Place, data: Path) -> int:
+def losses_that_are_not_finite(place: Place, data: Path) -> int | None:
     return begin(place, data, "train.lr=1.0", "train.clip=1e30", "adapter.scale=1e30", "train.steps=8")
 
 
 @failure
-def a_damaged_checkpoint_and_journal(place: Place, data: Path) -> int:
+def a_damaged_checkpoint_and_journal(place: Place, data: Path) -> int | None:
     run = place.home / "run"
     assert begin(place, data, "controls=[]") == 0, tally(place)
     (run / "results.json").unlink()
@@ -314,7 +332,7 @@ def a_damaged_checkpoint_and_journal(place: Place, data: Path) -> int:
 
 
 @failure
-def data_that_changed_before_resume(place: Place, data: Path) -> int:
+def data_that_changed_before_resume(place: Place, data: Path) -> int | None:
     assert begin(place, data, "controls=[]") == 0, tally(place)
     (place.home / "run" / "results.json").unlink()
     next((data / "north" / "benign").glob("*.tif")).unlink()
@@ -322,7 +340,7 @@ def data_that_changed_before_resume(place: Place, data: Path) -> int:
     return place.run("resume", place.home / "run")
 
 
-def _stopped(place: Place, data: Path, number: signal.Signals) -> int:
+def _stopped(place: Place, data: Path, number: signal.Signals) -> int | None:
     run = place.home / "run"
     process = place.start("run", data, "--out", run, *FAST, "rounds=5000")
     limit = time.monotonic() + 120
@@ -333,22 +351,22 @@ def _stopped(place: Place, data: Path, number: signal.Signals) -> int:
 
 
 @failure
-def a_run_that_is_terminated(place: Place, data: Path) -> int:
+def a_run_that_is_terminated(place: Place, data: Path) -> int | None:
     return _stopped(place, data, signal.SIGTERM)
 
 
 @failure
-def a_run_that_is_killed(place: Place, data: Path) -> int:
+def a_run_that_is_killed(place: Place, data: Path) -> int | None:
     return _stopped(place, data, signal.SIGKILL)
 
 
 @failure
-def an_out_inside_the_data(place: Place, data: Path) -> int:
+def an_out_inside_the_data(place: Place, data: Path) -> int | None:
     return place.run("run", data, "--out", data / "run", *FAST)
 
 
 @failure
-def predictions_of_what_is_no_image(place: Place, data: Path) -> int:
+def predictions_of_what_is_no_image(place: Place, data: Path) -> int | None:
     run, images = place.home / "run", place.home / "data" / "new"
     assert begin(place, data, "controls=[]") == 0, tally(place)
     save(images / FOLDERS[5] / f"{FILES[6]}.png", 0, 1).write_bytes(f"of {CONTENT[6]}".encode())
@@ -362,7 +380,8 @@ def predictions_of_what_is_no_image(place: Place, data: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_run_that_fails_names_nobody(place: Place, name: str) -> None:
+def test_a_run_that_fails_names_nobody(tmp_path: Path, nursery: Nursery, name: str) -> None:
+    place = Place(tmp_path, nursery)
     code = FAILURES[name](place, hospitals(place.home / "data" / "hospitals"))
     assert code != 0, tally(place)
     text = tally(place)

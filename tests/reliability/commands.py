@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nursery import Forked, Nursery
+
 from confrere.data.synthetic import make_microscopy
 
 FAULTS = Path(__file__).with_name("faults.py")
@@ -24,24 +26,28 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
-def start(place: Path, run: Path, fault: str, verb: str, *options: str) -> subprocess.Popen[str]:
-    """Start ``confrere VERB`` with a fault."""
+def start(
+    place: Path, run: Path, fault: str, verb: str, *options: str, nursery: Nursery | None = None
+) -> subprocess.Popen[bytes] | Forked:
+    """Start ``confrere VERB`` with a fault, as a process of its own or as a fork, which has its imports done."""
     words = ["resume", str(run)] if verb == "resume" else ["run", str(place / "hospitals"), "--out", str(run), *OPTIONS]
-    line = [sys.executable, str(FAULTS), "--under", str(run), fault, "--", *words, *options]
+    line = ["--under", str(run), fault, "--", *words, *options]
+    environment = {**os.environ, "CONFRERE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+    if nursery:
+        return nursery.start(line, environment, FAULTS)
     return subprocess.Popen(
-        line,
-        env={**os.environ, "CONFRERE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(FAULTS), *line],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored
     )
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finished(process: subprocess.Popen[bytes] | Forked) -> tuple[int | None, str]:
     """Return exit code and all that a process said."""
     output, errors = process.communicate(timeout=240)
-    return process.returncode, output + errors
+    return process.returncode, (output + errors).decode()
 
 
 def tensors(run: Path) -> dict[str, str]:

@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1]))  # as a script, it finds only what lies beside it
 from nursery import Forked, Nursery
 
 from confrere.data.synthetic import make_microscopy
@@ -50,7 +52,7 @@ POINTS = (
 )  # fmt: skip
 WORK = ("task", "judge", "examine", "export", "report")
 Log = list[dict[str, Any]]
-Process = subprocess.Popen[str] | Forked
+Process = subprocess.Popen[bytes] | Forked
 
 
 class Place:
@@ -83,7 +85,7 @@ class Place:
         began = _appears(run / "machine.json", process)
         _, errors = process.communicate()
         if process.returncode:
-            raise SystemExit(f"the undisturbed run failed:\n{errors}")
+            raise SystemExit(f"the undisturbed run failed:\n{errors.decode()}")
         return fingerprint(run), read_log(points), time.monotonic() - began
 
     def start(self, run: Path, log: Path, fault: str, verb: str, cache: Path, *options: str) -> Process:
@@ -95,11 +97,11 @@ class Place:
         environment = {**os.environ, "CONFRERE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
         if self._fork:
             if not hasattr(self._here, "nursery"):  # one a thread
-                self._here.nursery = Nursery(environment, self.folder / f"errors-{threading.get_ident()}")
+                self._here.nursery = Nursery(environment, self.folder / f"said-{threading.get_ident()}")
                 self._nurseries.append(self._here.nursery)
-            return self._here.nursery.start(line, environment)
+            return self._here.nursery.start(line, environment, FAULTS)
         command = [sys.executable, str(FAULTS), *line]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def read_log(path: Path) -> Log:
@@ -168,7 +170,7 @@ def carry_out(place: Place, case: int, folder: Path) -> dict[str, Any]:
         if process.returncode == -signal.SIGKILL:
             done.append({**kill, "during": verb, "round": Run(run).last_round()})
         elif process.returncode:
-            return {"case": case, "kills": done, "same": False, "problem": errors[-600:]}
+            return {"case": case, "kills": done, "same": False, "problem": errors.decode()[-600:]}
         elif turn < len(kills):  # it ended before its kill came
             break
     return {"case": case, "kills": done, "seconds": round(time.monotonic() - begun, 1)} | judge(

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import finished, make_place, start, tensors
+from nursery import Nursery
 
 from confrere.config import validate
 from confrere.errors import RunError
@@ -32,6 +34,13 @@ def whole(place: Path) -> dict[str, str]:
     return tensors(place / "whole")
 
 
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    started = Nursery({**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path_factory.mktemp("nursery") / "said")
+    yield started
+    started.close()
+
+
 MOMENTS = (
     "data:1", "step:1", "step:5", "before_upload:2", "after_upload:3", "aggregate:2", "judge:3", "journal:4",
     "examine:2", "export_file:2",
@@ -40,16 +49,18 @@ MOMENTS = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_an_interrupt_is_130_with_the_way_back(place: Path, whole: dict[str, str], tmp_path: Path, moment: str) -> None:
+def test_an_interrupt_is_130_with_the_way_back(
+    place: Path, whole: dict[str, str], tmp_path: Path, nursery: Nursery, moment: str
+) -> None:
     signal_ = "int" if MOMENTS.index(moment) % 2 else "term"
     run = tmp_path / "run"
-    code, said = finished(start(place, run, f"{signal_}:{moment}", "run", "--quiet"))
+    code, said = finished(start(place, run, f"{signal_}:{moment}", "run", "--quiet", nursery=nursery))
     assert code == 130, said
     assert f"confrere resume {run}" in said
     assert "Traceback" not in said
     assert not list(run.rglob(".tmp-*")), "an interrupt, unlike a kill, cleans up"
     verb = "resume" if (run / "experiment.toml").exists() else "run"
-    code, said = finished(start(place, run, "none", verb, "--quiet"))
+    code, said = finished(start(place, run, "none", verb, "--quiet", nursery=nursery))
     assert code == 0, said
     assert tensors(run) == whole
 
