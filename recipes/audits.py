@@ -1,6 +1,9 @@
 """Membership audits on HAM10000 at its four real sites: general and personal adapters of three methods, three seeds.
 
     python recipes/audits.py DATA --out results/audits --page docs/results/audits.md
+    python recipes/audits.py DATA --out results/audits-private --page docs/results/audits-private.md --private
+
+``--private`` audits methods that hide every training image, at epsilon 8, 4 and 1, beside the same without noise.
 
 DATA as for ``recipes/ham10000.py``. One lesion in six is used (chosen by a hash of its name), so that a site is small
 enough to be learnt by heart; 30 % of lesions are others, who must not be found. Every run is audited with its own
@@ -12,13 +15,14 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ham10000 import prepare, without_path
+from ham10000 import RECORD, prepare, without_path
 
 from confrere.audits.audit import Choice
 from confrere.audits.job import audit
@@ -30,10 +34,17 @@ from confrere.record.machine import machine
 from confrere.report import write_report
 
 METHODS = ("fedopal", "fedit", "local")
+PRIVATE = tuple(
+    f"{name}{privacy}"
+    for name in ("fedopal:training=in-turn", "fedit")
+    for privacy in ("", *(f":{RECORD}{epsilon}" for epsilon in (8, 4, 1)))
+)
 SEEDS = (0, 1, 2)
 AUDITS = ("rmia", "lira", "historical")
+AUDITS_PRIVATE = ("rmia", "lira", "canary")
 SETTINGS = ["rounds=6", "train.steps=10", "train.lr=2e-3", "selection.every=2", "selection.images=100", "threads=1"]
 SETTINGS += ["workers=1", "controls=[]", "data.test=0.3", "data.val=0.1", "engine.precision=fp32", "adapter.blocks=1"]
+POISSON = ["train.batch_size=48", "train.lr=5e-3", "train.balance=none"]
 BACKBONE = {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 56}
 SHARE = 6
 
@@ -56,6 +67,11 @@ def thinned(table: Path, out: Path) -> Path:
 Found = dict[tuple[str, int, str], dict[str, Any]]
 
 
+def methods_of(found: Found) -> list[str]:
+    """Return the methods in their order."""
+    return list(dict.fromkeys(method for method, _, _ in found))
+
+
 def mean(values: list[float | None], digits: int = 3) -> str:
     """Return the mean over seeds, with a 95 % Student t interval of three or more; a dash where one is undefined."""
     known = [value for value in values if value is not None]
@@ -70,15 +86,27 @@ def ends(cell: dict[str, float | None]) -> str:
     """Return an estimate with its own interval over patients."""
     if cell["value"] is None or cell["low"] is None:
         return "-"
+    if cell["high"] is None:
+        return f"{cell['value']:.3f}"
     return f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
 
 
 def rows(found: Found, seeds: Sequence[int], name: str, subject: str | None = "all") -> list[str]:
     """Return the table of one audit: the strength of every seed, their mean, the placebo's, and what was found."""
     place = [] if subject == "all" else ["at"]
-    head = ["method", "model", *place, "measure", *(f"seed {seed}" for seed in seeds), "mean", "placebo", "found"]
+    head = [
+        "method",
+        "model",
+        *place,
+        "measure",
+        *(f"seed {seed}" for seed in seeds),
+        "mean",
+        "placebo",
+        "bound",
+        "found",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for method in METHODS:
+    for method in methods_of(found):
         each = [found[method, seed, name]["rows"] for seed in seeds]
         for at, row in enumerate(each[0]):
             if (row["subject"] == "all") != (subject == "all"):
@@ -89,6 +117,7 @@ def rows(found: Found, seeds: Sequence[int], name: str, subject: str | None = "a
             cells = [f"`{method}`", row["model"], *([row["subject"]] if place else []), row["measure"]]
             cells += [ends(one["strength"]) for one in same]
             cells += [mean([one[key]["value"] for one in same]) for key in ("strength", "control")]
+            cells += [mean([one["bound"] for one in same], 2)]
             lines.append(f"| {' | '.join(cells)} | {sum(one['finding'] == 'found' for one in same)} of {len(same)} |")
     return lines
 
@@ -99,7 +128,7 @@ def power(found: Found, seeds: Sequence[int], name: str) -> list[str]:
         "The same attack on reference models of half the size, whose members are known (AUC, mean over seeds):",
         "",
     ]
-    for method in METHODS:
+    for method in methods_of(found):
         key = "AUC on a reference of known members, "
         settings = [found[method, seed, name]["settings"] for seed in seeds]
         said = [k for k in settings[0] if k.startswith(key)]
@@ -108,30 +137,32 @@ def power(found: Found, seeds: Sequence[int], name: str) -> list[str]:
     return lines
 
 
-def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int]) -> str:
+def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int], private: bool) -> str:
     """Return the results page in Markdown; every number comes from the audits' files."""
-    first, told = found[METHODS[0], seeds[0], "rmia"], machine()
+    methods = methods_of(found)
+    first, told = found[methods[0], seeds[0], "rmia"], machine()
     some = "" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}"
+    name = "audits-private" if private else "audits"
     lines = [
-        "# Membership audits on HAM10000",
+        f"# Membership audits on HAM10000{', with and without noise' if private else ''}",
         "",
-        "Command: `python recipes/audits.py /path/to/fed_ham10000 --out results/audits --page docs/results/audits.md"
-        f"{some}`. "
+        f"Command: `python recipes/audits.py /path/to/fed_ham10000 --out results/{name} --page docs/results/{name}.md"
+        f"{some}{' --private' if private else ''}`. "
         f"{told['cores']} cores of an AMD EPYC, torch {told['torch']}, one thread, float32. Seeds "
         f"{', '.join(map(str, seeds))}; one split by lesion for all; one lesion in {SHARE} of the set, 30 % of them "
         f"others. {first['settings']['references']} reference models a run. Over all sites: {first['rows'][0]['n']} (a "
         "lesion counts once), too few for a rate of 0.1 %. In a seed's column the interval is over patients, at 95 %; "
         "of the mean, over three or more seeds, Student's t. The placebo is the same attack on reference models, whose "
-        "training does not depend on who trained the run; found: above chance and above the placebo, by the "
-        "intervals. "
+        "training does not depend on who trained the run; bound: the most that epsilon allows, where a model has one; "
+        "found: above chance and above the placebo, by the intervals. "
         "[How to read it](../audits.md).",
         "",
         "Balanced accuracy on test lesions, mean over sites: "
         + "; ".join(f"`{method}` {said}" for method, said in scores.items())
         + ".",
     ]
-    for name in AUDITS:
-        one = found[METHODS[0], seeds[0], name]
+    for name in dict.fromkeys(name for _, _, name in found):
+        one = found[methods[0], seeds[0], name]
         lines += [
             "",
             f"## {one['title']}",
@@ -141,7 +172,7 @@ def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int]) 
         ]
         lines += ["", *power(found, seeds, name)] if name in ("rmia", "lira") else [""]
         if name == "historical":
-            lines += [*(f"- `{m}`, seed {s}: {found[m, s, name]['warnings'][1]}" for m in METHODS for s in seeds)]
+            lines += [*(f"- `{m}`, seed {s}: {found[m, s, name]['warnings'][1]}" for m in methods for s in seeds)]
     table = rows(found, seeds, "lira", None)
     lines += ["", "## LiRA by site", "", *table[:2], *(line for line in table if "| AUC |" in line)]
     return "\n".join([*lines, "", "## The experiment", "", "```toml", without_path(toml), "```", ""])
@@ -153,30 +184,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/audits"))
     parser.add_argument("--patients", type=int, default=400, help="most members, and most others, of each site")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--private", action="store_true", help="methods with noise, beside the same without")
     parser.add_argument("--page", type=Path)
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     table = thinned(prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv")
     found: Found = {}
-    scores, toml = {}, ""
+    scores: dict[str, list[float | None]] = {}
+    toml = ""
+    methods, settings = (PRIVATE, [*SETTINGS, *POISSON]) if args.private else (METHODS, SETTINGS)
+    audits = AUDITS_PRIVATE if args.private else AUDITS
     for seed in args.seeds:
-        for method in METHODS:
-            values = {"path": str(table.resolve()), "seed": seed, "backbone": BACKBONE, "method": {"name": method}}
-            experiment = validate(override(values, [*SETTINGS, *args.overrides]))
-            toml, out = toml or experiment.toml(), args.out / f"{method}-{seed}"
+        for method in methods:
+            values = {"path": str(table.resolve()), "seed": seed, "backbone": BACKBONE}
+            experiment = validate(override(values, [*settings, *args.overrides])).for_method(method)
+            toml, out = toml or experiment.toml(), args.out / f"{re.sub(r'[^a-z0-9=.-]+', '-', method)}-{seed}"
             run_experiment(experiment, out)
-            missing = [name for name in AUDITS if not (out / "audits" / f"{name}.json").exists()]
+            missing = [name for name in audits if not (out / "audits" / f"{name}.json").exists()]
             if missing:
                 audit(out, only=missing, choice=Choice(seed=seed, patients=args.patients, notify=print))
             print(write_report(out), flush=True)
-            for name in AUDITS:
+            scores.setdefault(method, []).append(read_json(out / "results.json")["summary"]["personalised"]["mean"])
+            for name in audits:
                 found[method, seed, name] = read_json(out / "audits" / f"{name}.json")
-    for method in METHODS:
-        each = [read_json(args.out / f"{method}-{seed}" / "results.json")["summary"] for seed in args.seeds]
-        scores[method] = mean([one["personalised"]["mean"] for one in each])
     if args.page:
-        args.page.write_text(page(found, scores, toml, args.seeds))
+        said = {method: mean(each) for method, each in scores.items()}
+        args.page.write_text(page(found, said, toml, args.seeds, args.private))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from confrere.learner import Learner
 from confrere.optimiser import AdamW
 from confrere.privacy.mechanism import Mechanism, clipped_sum, draw, noisy_mean
 from confrere.privacy.noise import Source
-from confrere.seeds import torch_generator
 from confrere.tensors import Tensors
 from confrere.tokenset import Batch
 
@@ -51,7 +50,9 @@ class NoisyLearner(Learner):
         """Return ``params`` after this round's optimiser steps on noisy gradients, see :meth:`Learner.fit`.
 
         Instead of ``settings.batch_size`` images a step draws each unit by itself, that many expected; instead of
-        ``settings.clip`` the mechanism clips. A ``penalty`` must read tensors alone: it is given no images.
+        ``settings.clip`` the mechanism clips. A ``penalty`` must read tensors alone: it is given no images. There is no
+        dropout: how many units were drawn would decide which numbers are dropped for the others, and what one unit
+        adds would not be its own gradient alone.
 
         ``released=False`` trains without noise, as the base does, what neither leaves nor ever touches what will.
 
@@ -74,13 +75,12 @@ class NoisyLearner(Learner):
         trained = {n: t.requires_grad_() for n, t in leaves.items() if train is None or train(n)}
         fixed = {n: t for n, t in leaves.items() if n not in trained}
         optimiser, nothing = AdamW(list(trained.values()), lr=cfg.lr, weight_decay=cfg.weight_decay), torch.zeros(0)
-        with self.backbone.dropout(torch_generator(self.seed, "dropout", tag, self.round, self.site)):
-            for step in range(steps):
-                for name, gradient in self._gradient(fixed, trained, tag, step).items():
-                    trained[name].grad = gradient.to(device)
-                if penalty is not None:  # of tensors that are private already: it needs no noise
-                    torch.autograd.backward(penalty(leaves, Batch(nothing, nothing)))
-                optimiser.step()
+        for step in range(steps):
+            for name, gradient in self._gradient(fixed, trained, tag, step).items():
+                trained[name].grad = gradient.to(device)
+            if penalty is not None:  # of tensors that are private already: it needs no noise
+                torch.autograd.backward(penalty(leaves, Batch(nothing, nothing)))
+            optimiser.step()
         if not all(bool(torch.isfinite(t).all()) for t in trained.values()):
             where, fix = f"site {self.site}, round {self.round}", "lower train.lr"
             raise TrainingError("noise has made a tensor infinite", where=where, fix=fix, code="diverged")

@@ -20,6 +20,7 @@ import confrere.noisy
 from confrere.errors import TrainingError
 from confrere.method import Method, make
 from confrere.methods import turns
+from confrere.noisy import NoisyLearner
 from confrere.optimiser import AdamW
 from confrere.privacy import mechanism as steps
 from confrere.privacy.noise import Source, normal
@@ -77,9 +78,7 @@ def test_without_noise_and_clip_steps_are_those_of_all_images() -> None:
         optimiser.zero_grad()
         learner._task(learner.backbone.logits(leaves, batch.tokens), batch.labels).backward()
         optimiser.step()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("confrere.noisy.torch_generator", lambda *_: None)  # no dropout
-        fitted = learner.fit(params, steps=5)
+    fitted = learner.fit(params, steps=5)
     with torch.no_grad():
         logits = [learner.backbone.logits(p, batch.tokens) for p in (leaves, fitted)]
     assert float((logits[0] - logits[1]).abs().max()) < 1e-4
@@ -158,6 +157,13 @@ def beside_the_personal_one(learner: Any, params: Any, **options: Any) -> Any:
         return honest_turn(learner, params, **options)
 
 
+def with_dropout(self: Any, params: Any, **options: Any) -> Any:
+    """How many images are drawn decides which numbers are dropped for later ones, and in later steps."""
+    with self.backbone.dropout(torch.Generator().manual_seed(0)):
+        return honest_fit(self, params, **options)
+
+
+honest_fit = NoisyLearner.fit
 honest_sum, honest_mean, honest_turn = steps.clipped_sum, steps.noisy_mean, turns.in_turn
 BUGS: dict[str, tuple[str, Any, Any]] = {
     "noise off": ("confrere.noisy.noisy_mean", quiet, check_noise),
@@ -165,6 +171,7 @@ BUGS: dict[str, tuple[str, Any, Any]] = {
     "no clip": ("confrere.noisy.clipped_sum", unclipped, check_sensitivity),
     "head not clipped": ("confrere.noisy.clipped_sum", head_unclipped, check_sensitivity),
     "each tensor clipped by itself": ("confrere.noisy.clipped_sum", clipped_by_tensor, check_sensitivity),
+    "dropout": ("confrere.noisy.NoisyLearner.fit", with_dropout, lambda: check_sensitivity(images=132)),
     "shuffled, not drawn": ("confrere.privacy.mechanism.draw", shuffled, check_sampling),
     "a personal adapter beside": (
         "confrere.methods.fedopal.in_turn",
