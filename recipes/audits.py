@@ -44,7 +44,7 @@ AUDITS = ("rmia", "lira", "historical")
 AUDITS_PRIVATE = ("rmia", "lira", "canary")
 SETTINGS = ["rounds=6", "train.steps=10", "train.lr=2e-3", "selection.every=2", "selection.images=100", "threads=1"]
 SETTINGS += ["workers=1", "controls=[]", "data.test=0.3", "data.val=0.1", "engine.precision=fp32", "adapter.blocks=1"]
-POISSON = ["train.batch_size=48", "train.lr=5e-3", "train.balance=none"]
+POISSON = ["train.batch_size=48", "train.balance=none", "adapter.rank=4"]
 BACKBONE = {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 56}
 SHARE = 6
 

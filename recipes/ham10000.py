@@ -71,8 +71,15 @@ PRIVATE = (
     *(f"{name}:{RECORD}{value}" for value in (8, 1, 4) for name in ("fedopal:training=in-turn", "fedit")),
     "local",
 )
-FEW = ["rounds=5", "train.steps=10", "train.batch_size=48", "train.lr=5e-3", "train.balance=none", "selection.every=5"]
-FEW += ["adapter.rank=8", "adapter.blocks=1", "backbone.image_size=70"]
+FEW = [
+    "rounds=10",
+    "train.steps=10",
+    "train.batch_size=128",
+    "train.lr=2e-3",
+    "train.balance=none",
+    "selection.every=10",
+]
+FEW += ["adapter.rank=4", "adapter.blocks=1", "backbone.image_size=70", "engine.precision=fp32"]
 COMPARISONS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "methods": (METHODS, ["rounds=16", "train.steps=20", "selection.every=4", "backbone.image_size=98"]),
     "variants": (VARIANTS, ["rounds=12", "train.steps=10", "selection.every=4", "backbone.image_size=70"]),

@@ -124,7 +124,8 @@ def pretrained(arm: str, seed: int, table: Path, out: Path, args: argparse.Names
         return folder, None
     method = {"one client": "local", "pooled, steps of one": "pooled"}.get(arm, arm)
     rounds = max(1, args.rounds // args.clients) if arm == "pooled, steps of one" else args.rounds
-    values = pretraining(PRETRAINING, args.task, "vit-nano", method, rounds, seed)
+    names = {"task": task, "backbone": {"name": "vit-nano"}, "method": {"name": method}}
+    values = pretraining({**PRETRAINING, **names, "rounds": rounds, "seed": seed})
     results = finished({**values, "path": str(table.resolve())}, folder, args.overrides)
     measure = next(iter(results["task"]["measures"]))
     if method == "local":

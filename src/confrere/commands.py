@@ -16,13 +16,15 @@ def pretrain(
     path: Annotated[Path, typer.Argument(help="folder of sites, CSV or federation.toml; labels are not read")],
     out: Annotated[Path, typer.Option(help="run directory, new or empty")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value", show_default=False)] = None,
-    task: Annotated[str, typer.Option(help="reconstruction (MAE) or contrast (MoCo v3)")] = "reconstruction",
-    backbone: Annotated[str, typer.Option(help="vit-nano, vit-tiny, vit-small or vit-base")] = "vit-tiny",
+    task: Annotated[str | None, typer.Option(help="reconstruction (MAE, the default) or contrast (MoCo v3)")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="vit-nano, vit-tiny (the default), vit-small or vit-base")
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="fedit (FedAvg), fedavgm, fedadagrad, fedadam, fedyogi, fedprox")
-    ] = "fedit",
-    rounds: Annotated[int, typer.Option(help="federated rounds", min=1)] = 100,
-    seed: Annotated[int, typer.Option(help="of training", min=0)] = 0,
+        str | None, typer.Option(help="fedit (FedAvg, the default), fedavgm, fedadagrad, fedadam, fedyogi, fedprox")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="federated rounds; default 100", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="of training; default 0", min=0)] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
     quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
 ) -> None:
@@ -31,7 +33,11 @@ def pretrain(
     from confrere.pretrain import GENERAL, pretraining
 
     path, values = named(path, config)
-    start(path, out, pretraining(values, task, backbone, method, rounds, seed), overrides or [], quiet=quiet)
+    values |= {key: value for key, value in (("rounds", rounds), ("seed", seed)) if value is not None}
+    for table, name in (("task", task), ("backbone", backbone), ("method", method)):
+        if name is not None and name != values.get(table, {}).get("name"):
+            values[table] = {"name": name}
+    start(path, out, pretraining(values), overrides or [], quiet=quiet)
     if not quiet:
         say("Backbone, for backbone.name: ", out / GENERAL)
 

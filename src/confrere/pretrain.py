@@ -6,20 +6,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from confrere.errors import ConfigError
+from confrere.tasks import make_task
+
 GENERAL = Path("adapters/general/backbone")
 """Where a run directory holds the backbone that all sites share."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "task": {"name": "reconstruction"},
+    "backbone": {"name": "vit-tiny"},
+    "method": {"name": "fedit"},
     "train": {"lr": 5e-4, "weight_decay": 0.05, "batch_size": 32, "steps": 20, "balance": "none", "views": 4},
     "selection": {"every": 5},
     "record": {"keep": 1},  # weights of a whole network fill a disk
 }
 
 
-def pretraining(
-    given: Mapping[str, Any], task: str, backbone: str, method: str, rounds: int, seed: int
-) -> dict[str, Any]:
-    """Return the values of an experiment; what ``given`` says of a table wins over the defaults of this module."""
+def pretraining(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of an experiment: those given, and the defaults of pre-training for all others.
+
+    Raises:
+        ConfigError: the task asks for labels.
+    """
     tables = {key: {**default, **given.get(key, {})} for key, default in _DEFAULTS.items()}
-    chosen = {"task": {"name": task}, "method": {"name": method}, "rounds": rounds, "seed": seed}
-    return {"controls": ["local", "pooled"], **given, **tables, **chosen, "backbone": {"name": backbone}}
+    if make_task(tables["task"]).target != "image":
+        what, fix = f"{tables['task']['name']} needs labels", "give --task reconstruction or --task contrast"
+        raise ConfigError(what, where="task", fix=fix, code="task")
+    return {"controls": ["local", "pooled"], "rounds": 100, **given, **tables}

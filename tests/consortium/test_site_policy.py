@@ -75,6 +75,10 @@ def test_every_rule_refuses_with_its_own_code() -> None:
     noisy = experiment(train={"balance": "none"}, privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5})
     check(Policy(differential_privacy=True, most_epsilon=8.0), noisy, examples=100)
     assert refusal(Policy(differential_privacy=True, most_epsilon=7.9), noisy) == "policy-privacy"
+    twice = {"train": {"balance": "none"}, "privacy": {"unit": "record", "epsilon": 8.0, "delta": 1e-5}}
+    twice |= {"controls": ("ffa-lora", "local")}  # the first spends as much again
+    assert refusal(Policy(differential_privacy=True, most_epsilon=15.9), experiment(**twice)) == "policy-privacy"
+    check(Policy(differential_privacy=True, most_epsilon=16.0), experiment(**twice), examples=100)
     hidden = experiment(secure={"aggregation": True}, gate={"norm": 0.0, "factor": 0.0})
     silent = experiment("local", controls=())
     for asked in (hidden, silent):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import Backbone, load
 from confrere.backbones.augmentation import two_views
 from confrere.backbones.pretraining import MaskedAutoencoder, patches
+from confrere.cli import app
 from confrere.config import override, validate
 from confrere.console import start
 from confrere.data.options import DataOptions
@@ -57,7 +59,8 @@ def hospitals(folder: Path) -> Path:
 
 
 def small(path: Path, task: str = "reconstruction", method: str = "fedit") -> dict[str, Any]:
-    made = pretraining({**TINY, "controls": []}, task, "vit-nano", method, 2, 0)
+    names = {"task": {"name": task}, "backbone": {"name": "vit-nano"}, "method": {"name": method}}
+    made = pretraining({**TINY, **names, "controls": [], "rounds": 2})
     return {**made, "selection": {"every": 1}, "path": str(path)}
 
 
@@ -249,7 +252,34 @@ def test_networks_without_weights_are_refused_elsewhere() -> None:
         load("vit-nano", lora=spec, image_size=(32, 64), task=make_task({"name": "reconstruction"}))
 
 
-def test_defaults_yield_to_the_file(tmp_path: Path) -> None:
-    made = pretraining({"train": {"lr": 1.0}, "controls": ["local"]}, "contrast", "vit-tiny", "fedadam", 3, 1)
+def test_defaults_yield_to_what_is_given() -> None:
+    given = {"train": {"lr": 1.0}, "controls": ["local"], "task": {"name": "contrast", "temperature": 0.5}, "seed": 7}
+    made = pretraining(given)
     assert json.loads(json.dumps(made))["train"] == {**made["train"], "lr": 1.0, "balance": "none"}
     assert made["controls"] == ["local"]
+    assert made["task"] == {"name": "contrast", "temperature": 0.5}
+    assert (made["seed"], made["rounds"], made["method"], made["backbone"]["name"]) == (
+        7, 100, {"name": "fedit"}, "vit-tiny",
+    )  # fmt: skip
+
+
+def test_a_file_is_read_and_what_is_typed_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr("confrere.commands.start", lambda *args, **_: found.update(args[2]))
+    file = tmp_path / "e.toml"
+    file.write_text(
+        'rounds = 9\nseed = 7\n[task]\nname = "contrast"\ntemperature = 0.5\n[backbone]\nname = "vit-nano"\n'
+        '[method]\nname = "fedadam"\nlr = 0.3\n'
+    )
+    said = ["pretrain", str(tmp_path), "--out", str(tmp_path / "o"), "--config", str(file), "--quiet"]
+    assert CliRunner().invoke(app, [*said, "--rounds", "3"]).exit_code == 0
+    assert (found["rounds"], found["seed"]) == (3, 7)
+    assert found["task"] == {"name": "contrast", "temperature": 0.5}
+    assert (found["backbone"]["name"], found["method"]) == ("vit-nano", {"name": "fedadam", "lr": 0.3})
+    assert CliRunner().invoke(app, [*said, "--task", "reconstruction", "--method", "fedit"]).exit_code == 0
+    assert (found["rounds"], found["task"], found["method"]) == (9, {"name": "reconstruction"}, {"name": "fedit"})
+
+
+def test_a_task_with_labels_is_no_pretraining() -> None:
+    with pytest.raises(ConfigError, match="classification needs labels"):
+        pretraining({"task": {"name": "classification"}})

@@ -20,6 +20,7 @@ from tiny_federation import SITES, backbone_of, initial_params, tiny_data, tiny_
 from confrere.choices import PrivacyChoice
 from confrere.errors import ConfigError, RunError, UpdateRefusedError
 from confrere.federation.budget import privacy_said
+from confrere.federation.events import brief
 from confrere.federation.ledger import Ledger, all_spent, ledger_of
 from confrere.federation.loop import federate
 from confrere.federation.site import Site
@@ -169,6 +170,7 @@ def test_a_ledger_that_was_lost_or_harmed_stops_the_site(tmp_path: Path) -> None
         with pytest.raises(RunError) as raised:
             hiding(FEDIT, Run(tmp_path))["a"].handle(asked(FEDIT, 2))
         assert raised.value.code == code
+        assert "delete" not in raised.value.fix  # epsilon would be too small
 
 
 def test_a_budget_refuses_the_round_that_would_exceed_it_and_enters_nothing(tmp_path: Path) -> None:
@@ -197,8 +199,17 @@ def test_a_run_ends_when_every_site_has_spent_its_budget(tmp_path: Path) -> None
     (stop,) = of(run, "stop")
     assert "spent its privacy budget" in stop["reason"]
     assert all(len(site.ledger.debits()) == 2 for site in sites.values())  # type: ignore[union-attr]
-    assert not all_spent({"sites": {}})
-    assert not all_spent({"sites": {"a": {"spent": True}, "b": {}}})
+
+
+def test_sites_that_were_not_asked_have_not_spent_their_budget() -> None:
+    """With a part of the sites a round, those of one round may all be out while others are not."""
+    journal = [brief({"event": "round", "round": 1, "sites": {"a": {"spent": True}, "b": {}}})]
+    assert not all_spent([], ())
+    assert not all_spent(journal, "ab")
+    journal += [brief({"event": "evaluation", "round": 2, "sites": {"a": 0.5}, "mean": 0.5, "criterion": 0.5})]
+    journal += [brief({"event": "round", "round": 2, "sites": {"b": {"spent": True}}})]
+    assert all_spent(journal, "ab")
+    assert not all_spent(journal, "abc")
 
 
 def test_the_noise_is_made_for_the_noisy_steps_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,12 +129,14 @@ def check(policy: Policy, experiment: Experiment, *, examples: int | None) -> No
         raise _refusal(what, "secure_aggregation", code="policy-secure", fix=fix)
     if policy.differential_privacy and any(method.sends for method in methods):
         chosen, most = experiment.privacy, policy.most_epsilon or float("inf")
-        if chosen.unit not in ("record", "patient") or not 0 < chosen.epsilon <= most:
+        sending = sum(1 for method in methods if method.sends)  # each spends the whole epsilon; they add up
+        if chosen.unit not in ("record", "patient") or not 0 < chosen.epsilon * sending <= most:
             what, fix = (
                 "the site takes part only where its own noise hides images",
                 "set privacy.unit and privacy.epsilon",
             )
-            fix += f", at most {most:g}" if policy.most_epsilon else ""
+            fix += f", at most {most / sending:g}" if policy.most_epsilon else ""
+            fix += f" for each of {sending} trainings" if policy.most_epsilon and sending > 1 else ""
             raise _refusal(what, "differential_privacy", code="policy-privacy", fix=fix)
 
 

@@ -43,8 +43,10 @@ def refused_records(
 
 
 def brief(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of an event what the choice of a round and early stopping read: a long run must not fill the memory."""
-    return {key: event[key] for key in ("event", "round", "criterion", "counts") if key in event}
+    """Return of an event what the choice of a round and stopping read: a long run must not fill the memory."""
+    kept = {key: event[key] for key in ("event", "round", "criterion", "counts") if key in event}
+    spent = [s for s, told in event["sites"].items() if told.get("spent")] if event.get("event") == "round" else []
+    return {**kept, "spent": spent} if spent else kept
 
 
 def failure(round_: int, failed: Failure) -> dict[str, Any]:

@@ -8,7 +8,7 @@ count too much, never too little. A request that comes twice gets the stored ans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,14 @@ class Ledger:
         """
         if self.file is None:
             return list(self._memory)
-        found = [dict(event) for event in journal.read(self.file)[0]]
+        fix = "restore it from a copy; without it nobody knows epsilon"
+        try:
+            found = [dict(event) for event in journal.read(self.file)[0]]
+        except RunError as error:  # of other journals a part may be deleted
+            raise RunError(error.what, where=error.where, fix=fix, code=error.code) from error
         missing = set(rounds_in(self.file.parent)) - {event["round"] for event in found}
         if missing:
             what = f"the record of what was spent lacks round {min(missing)}, which was trained"
-            fix = "restore it from a copy; without it nobody knows epsilon"
             raise RunError(what, where=str(self.file), fix=fix, code="privacy-ledger")
         return found
 
@@ -160,7 +163,7 @@ def ledger_of(
     return Ledger(mechanism=mechanism, delta=privacy.delta, limit=privacy.epsilon, file=file)
 
 
-def all_spent(event: Mapping[str, Any]) -> str:
-    """Return why no further round can follow the one of this event: every site that answered has spent its budget."""
-    sites = event["sites"].values()
-    return "every site has spent its privacy budget" if sites and all(s.get("spent") for s in sites) else ""
+def all_spent(journal: Iterable[Mapping[str, Any]], sites: Iterable[str]) -> str:
+    """Return why no further round can follow these events: every one of ``sites`` has said that its budget is spent."""
+    spent, all_ = {site for event in journal for site in event.get("spent", ())}, set(sites)
+    return "every site has spent its privacy budget" if all_ and all_ <= spent else ""

@@ -90,12 +90,13 @@ def federate(
             run.append(intent)
         newest = []
         server, events = one_round(method, server, requests, round_, transport, plan, gate, defence, run)
-        reason = should_stop(method, [*journal, *events], round_, rounds=plan.rounds, patience=plan.patience)
-        reason = reason or all_spent(events[-1])
+        journal += map(brief, events)
+        reason = should_stop(method, journal, round_, rounds=plan.rounds, patience=plan.patience)
+        reason = reason or all_spent(journal, willing_sites(transport, plan))
         if reason:
             events.insert(0, {"event": "stop", "round": round_, "reason": reason})
+            journal.append(brief(events[0]))
         run.commit(round_, server, *events)
-        journal += map(brief, events)
         tidy(run, journal, round_, keep=plan.keep)
         for event in events:
             notify(event)

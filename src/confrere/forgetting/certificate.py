@@ -37,12 +37,15 @@ def not_shown(*, exact: bool, judged: bool, noise: bool) -> list[str]:
     return [*shown, *([OF_NOISE] if noise else []), *([] if exact or judged else [UNJUDGED])]
 
 
+KEPT = ("events.jsonl", "experiment.toml", "federation.json", "machine.json", "backbone.json")
+"""What of a run says how it was made, which a certificate rests on; it holds no tensors and no predictions."""
+
+
 def left_behind(run: Path, who: Whom) -> list[str]:
     """Return what of the old run still has to be deleted, as paths below it, and what lies elsewhere."""
     own = [f"sites/{who.site}", f"adapters/{who.site}"] if who.site else []
-    learned = ["server", "sites", "sums", "adapters", "controls", "onboard", "results.json", "verdicts.json"]
-    learned += ["report.html", "report.json", "card.md", "splits.csv"]
-    below = [name for name in (*own, *learned) if (run / name).exists()]
+    every = sorted(path.name for path in run.iterdir() if path.name not in KEPT and not path.name.startswith(".lock"))
+    below = [*(name for name in own if (run / name).exists()), *every]
     return [*below, "the cache of decoded images and activations: $CONFRERE_CACHE, else ~/.cache/confrere"]
 
 

@@ -69,9 +69,20 @@ def _sum(answers: Mapping[str, Reply]) -> tuple[dict[str, Tensor], float]:
 def _subtracted(
     total: Tensors, weight: float, terms: Mapping[str, Tensors], shares: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Return the weighted mean of what is left of a sum."""
+    """Return the weighted mean of what is left of a sum.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
     rest = weight - sum(shares.values())
+    if rest <= 0:
+        raise _alone()
     return {n: (total[n] - sum((shares[s] * t[n] for s, t in terms.items()), torch.zeros(()))) / rest for n in SUMS}
+
+
+def _alone() -> ConfigError:
+    what, fix = "in the chosen round nobody else has sent statistics", "train a new run without the forgotten"
+    return ConfigError(what, where="--by downdate", fix=fix, code="forgetting")
 
 
 def _without_patients(frame: Frame, answers: Mapping[str, Reply]) -> dict[str, Tensor]:
@@ -81,11 +92,15 @@ def _without_patients(frame: Frame, answers: Mapping[str, Reply]) -> dict[str, T
         moments = dict(reply.state["statistics"])
         if site in frame.gone:
             count, left = len(frame.gone[site].labels), len(frame.task.data[site].rows("train"))
+            if not left:
+                continue
             own = _moments(frame, site)
             moments = {n: ((count + left) * moments[n] - own[n]) / left for n in SUMS}
         images = frame.task.experiment.federation.weights == "images"
         weights.append(float(len(frame.task.data[site].rows("train"))) if images else 1.0)
         sums.append(moments)
+    if not sums:
+        raise _alone()
     return weighted_mean(zip(weights, sums, strict=True))
 
 
