@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from nursery import Forked, Nursery
 
 from confrere.data.synthetic import make_microscopy
 
@@ -21,15 +22,16 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def start(*arguments: object, cache: Path) -> subprocess.Popen[str]:
+def start(*arguments: object, cache: Path, nursery: Nursery | None = None) -> subprocess.Popen[bytes] | Forked:
     environment = {**os.environ, "CONFRERE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "confrere", *map(str, arguments)]
+    words = [str(one) for one in arguments]
+    if nursery:
+        return nursery.start(words, environment)
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "confrere", *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored
     )
 
@@ -56,24 +58,31 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_microscopy(folder / "hospitals", seed=3, sites=2, images=(24, 30), size=32)
     done = start("run", folder / "hospitals", "--out", folder / "whole", *OPTIONS, cache=folder / "cache")
     _, errors = done.communicate(timeout=200)
-    assert done.returncode == 0, errors
+    assert done.returncode == 0, errors.decode()
     return folder
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    started = Nursery({**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path_factory.mktemp("nursery") / "said")
+    yield started
+    started.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_sigkill_then_resume_gives_the_same_bytes(place: Path, tmp_path: Path, moment: str) -> None:
+def test_sigkill_then_resume_gives_the_same_bytes(place: Path, tmp_path: Path, nursery: Nursery, moment: str) -> None:
     run = tmp_path / "cut"
-    process = start("run", place / "hospitals", "--out", run, *OPTIONS, cache=place / "cache")
+    process = start("run", place / "hospitals", "--out", run, *OPTIONS, cache=place / "cache", nursery=nursery)
     limit = time.monotonic() + 120
     while not MOMENTS[moment](run) and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    resumed = start("resume", run, cache=place / "cache")
+    resumed = start("resume", run, cache=place / "cache", nursery=nursery)
     _, errors = resumed.communicate(timeout=200)
-    assert resumed.returncode == 0, errors
+    assert resumed.returncode == 0, errors.decode()
     assert tensors(run) == tensors(place / "whole")
     assert not [f for f in run.rglob("*") if f.name.startswith(".tmp-")], "temporary files are swept"
 
@@ -88,9 +97,9 @@ def test_interrupt_prints_the_way_back(place: Path, tmp_path: Path, number: sign
     second = start("resume", run, cache=place / "cache")
     _, refused = second.communicate(timeout=60)
     assert second.returncode == 5
-    assert "is using this run" in refused
+    assert b"is using this run" in refused
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert f"confrere resume {run}" in errors
-    assert "Traceback" not in errors
+    assert process.returncode == 130, errors.decode()
+    assert f"confrere resume {run}" in errors.decode()
+    assert b"Traceback" not in errors
