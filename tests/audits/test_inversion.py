@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from tiny_federation import CLASSES, backbone_of, initial_params, tiny_data
 
 from confrere import config
 from confrere.adapters import head, lora
-from confrere.audits import inversion, inversion_planted
+from confrere.audits import inversion, inversion_bench, inversion_planted
 from confrere.backbones import Backbone, load
 from confrere.consortium.policy import Policy, check
 from confrere.errors import BackboneError, ConfigError, PolicyError
 from confrere.learner import Learner, TrainSettings
-from confrere.method import make
+from confrere.method import Method, make
 from confrere.tensors import sub
 from confrere.tokenset import TokenSet
 
@@ -55,17 +56,81 @@ def test_a_plain_gradient_of_one_image_gives_label_and_feature(row: int) -> None
 def test_what_one_step_of_adamw_shows_is_the_sign_of_the_gradient() -> None:
     backbone, data = backbone_of(FEDIT), tiny_data(backbone_of(FEDIT), "a")
     before = {n: v + 0.1 for n, v in initial_params(backbone, FEDIT, "a").items()}
-    one = learner(backbone, inversion._only(data, np.array([0])))
+    one = learner(backbone, inversion_bench._only(data, np.array([0])))
     with backbone.dropout(None):
         change = sub(one.fit(before), before)
-    shown = inversion.gradient_of(change, before, one.settings)
+    shown = inversion_bench.gradient_of(change, before, one.settings)
     for name in (head.WEIGHT, head.BIAS):
         np.testing.assert_allclose(shown[name].abs(), 1.0, atol=0.02)
 
 
+def bench_of(method: Method, steps: int, shared: dict[str, torch.Tensor] | None = None) -> inversion_bench.Bench:
+    """Return site ``a`` of the tiny federation as an attacker meets it, all adapters moved already."""
+    train = {"steps": steps, "batch_size": 4, "balance": "none"}
+    experiment = config.validate({"path": "x", "method": "fedit", "controls": [], "rounds": 3, "train": train})
+    backbone = backbone_of(method)
+    task = SimpleNamespace(backbone_of=lambda site: backbone)
+    data = {"a": tiny_data(backbone, "a")}
+    run = SimpleNamespace(method=method, round=3, experiment=experiment, task=task, data=data)
+    params = {n: v + 0.05 for n, v in initial_params(backbone, method, "a").items()}
+    received, kept = method.broadcast(method.init_server(params), "a"), method.init_site(params)
+    before = method.personal(received, kept)
+    return inversion_bench.Bench(run, "a", received, kept, before, data["a"].batch(np.arange(4)).tokens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fedit", {}),
+        ("ffa-lora", {}),
+        ("fedprox", {"mu": 1.0}),
+        ("fedopal", {"training": "in-turn", "warmup": 0}),
+        ("fedopal", {"aggregation": "ffa"}),
+        ("ditto", {}),
+        ("dpfed", {"clip": 1e-3}),
+    ],
+)
+def test_what_is_inverted_is_what_the_method_sends(name: str, options: dict[str, object]) -> None:
+    method, rows = make(name, options), np.arange(4)
+    bench = bench_of(method, 4)
+    found = bench.sent(rows, 4, 4, 0)
+    own = learner(backbone_of(method), inversion_bench._only(bench.run.data["a"], rows), batch_size=4, steps=4, lr=1e-3)
+    own.round = own.rounds = 3
+    payload, _ = method.update(own, bench.received, bench.kept)
+    change = sub(payload["shared"], bench.received["shared"])
+    wanted = {n: v for n, v in change.items() if v.any()}
+    shown = inversion_bench.gradient_of(wanted, bench.before, own.settings)
+    assert found.gradient.keys() == shown.keys() >= set(head.NAMES)
+    for key, value in shown.items():
+        torch.testing.assert_close(found.gradient[key], value, rtol=0, atol=0)
+    fitted = own.fit(bench.before)  # all tensors at once: what plain averaging sends
+    same = all(torch.equal(fitted[n], payload["shared"][n]) for n in wanted)
+    assert same == (name == "fedit")
+    assert bench.plain(0, list(found.gradient)).gradient.keys() == found.gradient.keys()
+    if name == "ffa-lora" or options.get("aggregation") == "ffa":
+        assert not any(".lora_A." in n for n in found.gradient)
+
+
+def test_the_shortest_round_is_the_methods_own() -> None:
+    assert inversion_bench.fewest_steps(bench_of(FEDIT, 4).run) == 1
+    assert inversion_bench.fewest_steps(bench_of(make("ditto"), 4).run) == 2
+    assert inversion_bench.fewest_steps(bench_of(FEDIT, 1).run) == 1
+
+
+@pytest.mark.parametrize("name", ["fedit-ft", "ifca"])
+def test_rounds_that_send_no_head_of_a_known_beginning_are_refused(name: str) -> None:
+    bench = bench_of(make(name), 4)  # the last round: each site for itself
+    if name == "ifca":
+        shared = bench.received["shared"]
+        bench.received.update({"cluster.0": shared, "cluster.1": shared})
+    with pytest.raises(ConfigError) as caught:
+        bench.sent(np.arange(4), 1, 4, 0)
+    assert caught.value.code == "audit"
+
+
 def test_tokens_are_found_from_near_by_and_truth_is_not_looked_at() -> None:
     params, gradient, tokens, _ = one_gradient()
-    victim = inversion.Victim(before=params, gradient=gradient, images=torch.full_like(tokens, torch.nan))
+    victim = inversion_bench.Victim(before=params, gradient=gradient, images=torch.full_like(tokens, torch.nan))
     start = tokens + 0.05 * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
 
     def distance(guess: torch.Tensor) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +12,12 @@ import torch
 from scipy.stats import norm, ttest_ind
 from seen import seen
 
-from confrere.audits import statistics
-from confrere.audits.audit import Choice, Interval
+from confrere.audits import membership, statistics
+from confrere.audits.audit import Choice, Interval, find
 from confrere.audits.historical import bits, p_used, signs, threshold
 from confrere.audits.membership import averaged, lira_score, on_references, rmia_score, rows, sides
 from confrere.audits.references import by_patient, confidence
-from confrere.audits.tapped import Guarantee
+from confrere.audits.tapped import AuditedRun, Guarantee
 from confrere.audits.usage import usage
 from confrere.errors import ConfigError
 
@@ -106,6 +108,43 @@ def test_a_guarantee_bounds_what_it_covers_and_a_breach_is_called_one() -> None:
     assert hospital.of_patient(5) == (0.1, 1e-6)
     assert record.of_patient(2) == (pytest.approx(0.2), pytest.approx(2 * np.exp(0.1) * 1e-6))
     assert replace(record, epsilon=400.0).of_patient(2) == (800.0, 1.0)
+
+
+def test_power_leaves_out_the_reference_on_which_rmia_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only reference 0 knows its members by heart: LiRA has some power on average, RMIA none that it may count."""
+    one = seen(0.0, members=300, others=300)
+    sure = np.where(one.trained[0], -1e-9, one.rights[0])
+    rights = np.concatenate([sure[None], one.rights[1:]])
+    leaking = replace(one, rights=rights, others=np.log1p(-np.exp(rights)))
+    monkeypatch.setattr(membership, "evidence", lambda run, choice: [leaking])
+    run = SimpleNamespace(guarantee=None)
+    powers = {}
+    for name in ("rmia", "lira"):
+        found = find(name).function(run, Choice())  # type: ignore[arg-type]
+        powers[name] = found.settings["AUC on a reference of known members, general"][0]
+        assert bool(found.warnings) == (name == "rmia")
+    assert powers["rmia"] == pytest.approx(0.5, abs=0.05)
+    assert powers["lira"] > 0.55
+
+
+def promised(**changes: Any) -> Guarantee | None:
+    said = {"unit": "hospital", "neighbours": "add-remove", "sigma": 3.0, "debits": 50, "delta": 1e-3, **changes}
+    return AuditedRun.guarantee.fget(SimpleNamespace(results={"privacy": said}))  # type: ignore[attr-defined]
+
+
+def test_a_patient_more_replaces_a_hospitals_update_and_moves_the_sum_twice_as_far() -> None:
+    found = promised(epsilon=9.43)
+    assert found is not None
+    # Exact, from the curve of one Gaussian mechanism (Balle and Wang, 2018) of sensitivity 2.
+    a, b = 50**0.5 * 2 / 3 / 2, found.epsilon / (50**0.5 * 2 / 3)
+    exact = norm.cdf(a - b) - np.exp(found.epsilon) * norm.cdf(-a - b)
+    assert exact == pytest.approx(1e-3, rel=1e-3)
+    assert found.epsilon == pytest.approx(24.913, abs=0.01)
+    already = promised(epsilon=24.9, neighbours="replace-one")
+    record = promised(epsilon=9.43, unit="record")
+    assert (already and already.epsilon, record and record.epsilon) == (24.9, 9.43)
+    assert promised(epsilon=9.43, simulation=True) is None
+    assert promised(epsilon=None) is None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from confrere.audits import inversion
+from confrere.audits import inversion, inversion_bench
 from confrere.audits import property_inference as audit
 from confrere.audits.audit import Choice, find
 from confrere.audits.property import System, posterior
@@ -196,8 +196,9 @@ def test_an_exact_estimate_is_found_and_a_mean_guess_is_not() -> None:
 def test_the_inversion_audit_finds_a_plain_gradients_feature_and_not_a_rounds(
     plain: AuditedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"FEATURES": 4, "TOKENS": 2, "PUBLIC": 16}.items():
+    for name, value in {"FEATURES": 4, "TOKENS": 2}.items():
         monkeypatch.setattr(inversion, name, value)
+    monkeypatch.setattr(inversion_bench, "PUBLIC", 16)
     monkeypatch.setattr(inversion.rebuild_tokens, "__kwdefaults__", {"steps": 3})
     found = inversion.inversion(plain, Choice())
     rows = {(row.model, row.measure): row for row in found.rows}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from traversal import OUTSIDE
 
 from confrere.data.paths import SLUG, Root, check_class_name, check_site_name, new_folder, slug
-from confrere.errors import DataError
+from confrere.errors import DataError, RunError
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -91,3 +91,30 @@ def test_a_new_folder_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "x"]
     with pytest.raises(DataError, match="not empty"), new_folder(tmp_path / "out"):
         pass
+
+
+def test_only_what_may_go_is_replaced_and_only_at_the_end(tmp_path):
+    out = tmp_path / "out"
+
+    def again(content: str, intruder: str = "") -> None:
+        with new_folder(out, replaces=lambda path: path.suffix == ".ours") as draft:
+            (draft / f"{content}.ours").write_text(content)
+            if intruder:
+                (out / intruder).write_text("theirs")
+
+    again("1")
+    again("2")
+    assert [p.name for p in out.iterdir()] == ["2.ours"]
+    with pytest.raises(DataError, match="not empty"):
+        again("3", "late.txt")
+    assert sorted(p.name for p in out.iterdir()) == ["2.ours", "late.txt"]
+    with pytest.raises(DataError, match="not empty"):
+        again("4")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write the folder") as caught, new_folder(tmp_path / "file" / "out"):
+        pass
+    assert caught.value.code == "cannot-write"

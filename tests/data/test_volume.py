@@ -379,7 +379,8 @@ def test_resampling_against_a_slow_truth(shape: Any, old: Any, new: Any, size: A
 
 
 def made(array: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Volume:
-    return Volume(voxels=array.astype(np.float32), spacing=spacing, affine=ras(spacing), sha256="")
+    affine = ras(spacing)
+    return Volume(voxels=array.astype(np.float32), spacing=spacing, affine=affine, stored_affine=affine, sha256="")
 
 
 @pytest.mark.parametrize("size", [(5, 6, 7), (9, 9, 9), (4, 3, 2), (8, 4, 7)])

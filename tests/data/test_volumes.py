@@ -122,7 +122,8 @@ def test_labels_go_back_to_where_they_came_from(
     """A voxel of the volume gets the label of the grid's voxel whose centre is nearest, by a slow search."""
     grid, size = (1.0, 1.0, 1.0), (8, 9, 7)
     labels = numpy_generator(seed, "labels").integers(0, 5, size).astype(np.uint8)
-    found = restored(labels, shape, spacing, grid)
+    found, outside = restored(labels, shape, spacing, grid)
+    missed = 0
     there = [max(1, round(n * s / g)) for n, s, g in zip(shape, spacing, grid, strict=True)]
     for place in np.ndindex(*shape):
         at = []
@@ -134,12 +135,16 @@ def test_labels_go_back_to_where_they_came_from(
                 int(np.flatnonzero(distance <= distance.min() + 1e-9).max()) if distance.min() <= 0.5 + 1e-9 else -1
             )
         assert found[place] == (labels[tuple(at)] if min(at) >= 0 else 0)
+        missed += min(at) < 0
+    assert outside == missed
 
 
 def test_a_round_trip_at_one_spacing_changes_nothing(tmp_path: Path) -> None:
     labels = numpy_generator(0, "trip").integers(0, 3, (9, 11, 8)).astype(np.uint8)
     there = prepared_labels(labels, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (16, 16, 16))
-    np.testing.assert_array_equal(restored(there, labels.shape, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)), labels)
+    found, outside = restored(there, labels.shape, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(found, labels)
+    assert outside == 0
     save(tmp_path / "image.nii.gz", labels + numpy_generator(1, "trip").random(labels.shape))
     volume = read_volume(tmp_path / "image.nii.gz")
     (tmp_path / "labels.nii.gz").write_bytes(nifti_bytes(labels, volume.affine))

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from test_volumes import hospitals, save
+from typer.testing import CliRunner
 
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import Backbone, load
+from confrere.cli import app
 from confrere.config import validate
 from confrere.console import start
 from confrere.data.patches import sliding
 from confrere.errors import BackboneError, ConfigError
 from confrere.method import METHODS
 from confrere.metrics.masks import evaluate_masks
-from confrere.predict import predict_folder
 from confrere.record.files import read_json
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tasks import make_task
@@ -149,10 +150,13 @@ def test_a_run_ends_with_models_that_predict(method: str, tmp_path: Path, monkey
     shutil.copytree(data / "north" / "images", fresh)
     (fresh / "rubbish.nii").write_text("no volume")
     save(fresh / "empty.nii.gz", np.zeros((15, 16, 14)))
-    count, problems = predict_folder(out, "north", fresh, tmp_path / "found.csv")
-    assert (count, len(problems)) == (5, 2)
+    save(fresh / "wide.nii.gz", numpy_generator(0, "wide").random((40, 16, 14)))
+    told = ["predict", str(out), str(fresh), "--site", "north", "--out", str(tmp_path / "found.csv")]
+    done = CliRunner().invoke(app, told, catch_exceptions=False)
+    assert "6 images, 2 left out" in done.output
+    assert "1 of 6 volumes reach beyond data.volume.size" in done.output
     rows = (tmp_path / "found.csv").read_text().splitlines()
-    assert rows[0] == "file,foreground ml"
+    assert rows[0] == "file,foreground ml,outside the grid ml"
     for number, row in enumerate(rows[1:]):
         mask = nibabel.load(tmp_path / "found_masks" / f"{number:04d}.nii.gz")
         seen = nibabel.load(fresh / row.split(",")[0])
