@@ -217,7 +217,9 @@ def main() -> None:
             found[name] = compare(experiment, methods, SEEDS, args.out / name, **options)
         print(write_report(args.out / name))
     if args.page:
-        args.page.write_text(page(found, "make ham10000 DATA=/path/to/fed_ham10000"))
+        some = "".join(f" --only {name}" for name in args.only or ())
+        whole = f"python recipes/ham10000.py /path/to/fed_ham10000{some}"
+        args.page.write_text(page(found, whole if some else "make ham10000 DATA=/path/to/fed_ham10000"))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from confrere.method import Method, Request
 from confrere.opening import depth_of, load_backbone, open_data
 from confrere.prefix import cache_dir, join, tokens
 from confrere.record.files import as_json, file_digest, read_json, write_bytes, write_json, write_state
-from confrere.record.machine import cores
+from confrere.record.machine import cores, most_threads
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors
 from confrere.tokenset import TokenSet
@@ -110,7 +110,7 @@ def run_experiment(
 
 def threads(experiment: Experiment, federation: Federation) -> int:
     """Return how many threads one site's tensor operations use: as given, or its share of the cores."""
-    return experiment.threads or max(1, cores() // len(federation.sites))
+    return experiment.threads or min(most_threads(), max(1, cores() // len(federation.sites)))
 
 
 def load_backbones(experiment: Experiment, federation: Federation) -> dict[str, Backbone]:
@@ -123,7 +123,7 @@ def load_backbones(experiment: Experiment, federation: Federation) -> dict[str, 
 def prepare(experiment: Experiment, federation: Federation, notify: Notify) -> Prepared:
     """Load the backbones for the method's adapters and compute (or find) every image's frozen prefix."""
     method = experiment.build_method()
-    torch.set_num_threads(experiment.threads or cores())  # bits of the prefix do not depend on it
+    torch.set_num_threads(experiment.threads or most_threads())  # bits of the prefix do not depend on it
     backbones = load_backbones(experiment, federation)
 
     def progress(site: str, done: int, total: int) -> None:
@@ -146,7 +146,7 @@ def train(task: Prepared, path: Path, notify: Notify = lambda event: None) -> No
         sites[POOLED] = make_site(task, POOLED, run)
     each = threads(experiment, task.federation)
     if method.pools:  # one site trains: it takes all cores
-        torch.set_num_threads(experiment.threads or cores())
+        torch.set_num_threads(experiment.threads or most_threads())
         transport = InProcess(sites)
     else:
         torch.set_num_threads(each)

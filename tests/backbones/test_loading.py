@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from confrere.adapters import lora
-from confrere.backbones import entry, load, names
+from confrere.backbones import default_size, entry, load, names
 from confrere.errors import BackboneError
 
 SPEC = lora.LoraSpec(slots=("general",), blocks=1)
@@ -184,3 +185,15 @@ def test_the_models_own_normalisation_is_used(tmp_path):
     assert backbone.image_size == (24, 40)
     white = backbone.normalise(np.full((1, 24, 40, 3), 255, np.uint8))
     torch.testing.assert_close(white, torch.ones(1, 3, 24, 40))
+
+
+def test_images_are_decoded_at_the_size_a_folder_was_made_for(tmp_path):
+    assert default_size(str(tmp_path)) == (224, 224)
+    _save("vit", tmp_path)
+    side = json.loads((tmp_path / "config.json").read_text())["image_size"]
+    assert default_size(str(tmp_path)) == load(tmp_path, lora=SPEC).image_size == (side, side)
+    assert default_size(str(tmp_path), 48) == (48, 48)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 24, "width": 40}}')
+    assert default_size(str(tmp_path)) == (24, 40)
+    (tmp_path / "config.json").write_text('{"architecture": "x", "pretrained_cfg": {"input_size": [3, 96, 64]}}')
+    assert default_size(str(tmp_path)) == (96, 64)

@@ -8,15 +8,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from confrere.backbones.registry import REGISTRY, Entry, default_size, entry, names
+from confrere.backbones.registry import REGISTRY, Entry, entry, names
 
 if TYPE_CHECKING:
     from confrere.backbones.backbone import Backbone
-    from confrere.backbones.loading import load
+    from confrere.backbones.loading import default_size, load
 
 __all__ = ["REGISTRY", "Backbone", "Entry", "default_size", "entry", "load", "names"]
 
-_LAZY = {"Backbone": "confrere.backbones.backbone", "load": "confrere.backbones.loading"}
+_LAZY = {
+    "Backbone": "confrere.backbones.backbone",
+    "default_size": "confrere.backbones.loading",
+    "load": "confrere.backbones.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def transformers_hub(name: str, source: str, size: tuple[int, int] | None, known
     Raises:
         BackboneError: unreachable and not cached, or not a supported model in safetensors.
     """
-    path = snapshot(*_split(source))
+    path = located(f"hf:{source}")
     entry = known or Entry(name=name, kind="transformers", source=source)
     return folder(path, size, replace(entry, note=_join(entry.note, f"Hub commit {path.name}.")))
 
@@ -43,24 +43,54 @@ def timm_hub(name: str, size: tuple[int, int] | None, known: Entry | None = None
         MissingExtraError: timm is not installed.
         BackboneError: unknown, or unreachable and not cached.
     """
+    path = located(name)
+    entry = known or Entry(name=name, kind="timm", source=_timm_source(name))
+    return folder(path, size, replace(entry, note=_join(entry.note, f"Hub commit {path.name}.")))
+
+
+def own_size(name: str) -> tuple[int, int] | None:
+    """Return the (height, width) in pixels that a model outside of the registry was made for; None where none is there.
+
+    Raises:
+        BackboneError, MissingExtraError: as :func:`transformers_hub` and :func:`timm_hub`.
+    """
+    path = located(name)
+    config = files.read_object(path / "config.json")
+    if config is None:
+        return None
+    entry = Entry(name=path.name, kind="folder", source="a local folder")
+    with files.understood(path):
+        if "architecture" in config:
+            return _with_pretrained(entry, config).input_size
+        return _with_preprocessing(entry, files.read_object(path / "preprocessor_config.json") or {}, config).input_size
+
+
+def located(name: str) -> Path:
+    """Return the folder of ``hf:<org/name>[@revision]``, ``timm:<model>``, ``hf-hub:<org/name>`` or of a path."""
+    if name.startswith("hf:"):
+        return snapshot(*_split(name.removeprefix("hf:")))
+    if name.startswith(("timm:", "hf-hub:")):
+        return snapshot(*_split(_timm_source(name)))
+    return Path(name)
+
+
+def _timm_source(name: str) -> str:
+    """Return the hub's name of ``timm:<model>`` or ``hf-hub:<org/name>``."""
     timm = _timm()
     kind, _, rest = name.partition(":")
-    if kind == "timm":
-        config = timm.get_pretrained_cfg(rest, allow_unregistered=False) if timm.is_model(rest) else None
-        if config is None or not config.hf_hub_id:
-            near = difflib.get_close_matches(rest, timm.list_models(), n=3)
-            raise BackboneError(
-                f"timm has no pretrained model {rest!r}",
-                where="backbone",
-                fix=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models(pretrained=True)",
-                code="unknown-backbone",
-            )
-        rest = config.hf_hub_id
-        if rest.endswith("/"):
-            rest += f"{config.architecture}.{config.tag}"
-    path = snapshot(*_split(rest))
-    entry = known or Entry(name=name, kind="timm", source=rest)
-    return folder(path, size, replace(entry, note=_join(entry.note, f"Hub commit {path.name}.")))
+    if kind != "timm":
+        return rest
+    config = timm.get_pretrained_cfg(rest, allow_unregistered=False) if timm.is_model(rest) else None
+    if config is None or not config.hf_hub_id:
+        near = difflib.get_close_matches(rest, timm.list_models(), n=3)
+        raise BackboneError(
+            f"timm has no pretrained model {rest!r}",
+            where="backbone",
+            fix=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models(pretrained=True)",
+            code="unknown-backbone",
+        )
+    found = str(config.hf_hub_id)
+    return f"{found}{config.architecture}.{config.tag}" if found.endswith("/") else found
 
 
 def folder(path: Path, size: tuple[int, int] | None, known: Entry | None = None) -> Loaded:
@@ -187,17 +217,22 @@ def _with_preprocessing(entry: Entry, prepared: dict[str, Any], config: dict[str
     )
 
 
+def _with_pretrained(entry: Entry, config: dict[str, Any]) -> Entry:
+    """Fill what the entry leaves open from what timm wrote beside the weights."""
+    given = config.get("pretrained_cfg") or {}
+    shape = given.get("input_size") or (3, 224, 224)
+    return replace(
+        entry,
+        input_size=entry.input_size or (int(shape[1]), int(shape[2])),
+        mean=entry.mean or files.triple(given.get("mean") or HALF),
+        std=entry.std or files.triple(given.get("std") or HALF, least=1e-6),
+    )
+
+
 def _read_timm(path: Path, config: dict[str, Any], entry: Entry, digest: str, size: tuple[int, int] | None) -> Loaded:
     timm = _timm()
     with files.understood(path):
-        given = config.get("pretrained_cfg") or {}
-        shape = given.get("input_size") or (3, 224, 224)
-        entry = replace(
-            entry,
-            input_size=entry.input_size or (int(shape[1]), int(shape[2])),
-            mean=entry.mean or files.triple(given.get("mean") or HALF),
-            std=entry.std or files.triple(given.get("std") or HALF, least=1e-6),
-        )
+        entry = _with_pretrained(entry, config)
     options: dict[str, Any] = {"pretrained": True, "num_classes": 0}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):

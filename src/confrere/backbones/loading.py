@@ -115,6 +115,19 @@ def _build(
     )
 
 
+def default_size(name: str, side: int | None = None) -> tuple[int, int]:
+    """Return (height, width) in pixels: ``side`` twice if given, else what the model was made for, else 224.
+
+    Raises:
+        BackboneError, MissingExtraError: a model of a hub, as :func:`load`.
+    """
+    from confrere.backbones import hub
+
+    if side is not None:
+        return side, side
+    return (REGISTRY[name].input_size if name in REGISTRY else hub.own_size(name)) or (224, 224)
+
+
 def _read(name: str, given: tuple[int, ...] | None, task: Task, patch: tuple[int, int, int] | None) -> Loaded:
     from confrere.backbones import hub, mlp, packaged, pretraining
 

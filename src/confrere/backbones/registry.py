@@ -186,11 +186,3 @@ def entry(name: str) -> Entry:
         fix=f"{meant}registered: {', '.join(names())}; or give hf:<org/name>, timm:<model> or a local folder",
         code="unknown-backbone",
     )
-
-
-def default_size(name: str, side: int | None = None) -> tuple[int, int]:
-    """Return (height, width) in pixels: ``side`` twice if given, else what the registry says, else 224."""
-    if side is not None:
-        return side, side
-    known = REGISTRY.get(name)
-    return (known.input_size if known else None) or (224, 224)

@@ -26,7 +26,7 @@ from confrere.fingerprint import begin, trainings
 from confrere.job import Prepared, initial, lead, load_backbones
 from confrere.method import Reply, Request
 from confrere.record.files import read_json, write_json
-from confrere.record.machine import cores
+from confrere.record.machine import most_threads
 from confrere.record.run import Run
 from confrere.verdicts import headline, keep_verdicts, note
 
@@ -87,7 +87,7 @@ class Lead:
             self.status.phase("waiting")
             described = describe(self.sites, list(self.roster), job, self.status)
             federation = gathered(experiment, described, self.out)
-            torch.set_num_threads(experiment.threads or cores())
+            torch.set_num_threads(experiment.threads or most_threads())
             begin(self.out, experiment, federation, accept_drift=False)
             self.notify({"event": "data", "sheet": federation.sheet})
             for part in trainings(self.out, experiment):

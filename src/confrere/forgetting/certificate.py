@@ -41,11 +41,9 @@ KEPT = ("events.jsonl", "experiment.toml", "federation.json", "machine.json", "b
 """What of a run says how it was made, which a certificate rests on; it holds no tensors and no predictions."""
 
 
-def left_behind(run: Path, who: Whom) -> list[str]:
+def left_behind(run: Path) -> list[str]:
     """Return what of the old run still has to be deleted, as paths below it, and what lies elsewhere."""
-    own = [f"sites/{who.site}", f"adapters/{who.site}"] if who.site else []
-    every = sorted(path.name for path in run.iterdir() if path.name not in KEPT and not path.name.startswith(".lock"))
-    below = [*(name for name in own if (run / name).exists()), *every]
+    below = sorted(path.name for path in run.iterdir() if path.name not in KEPT and not path.name.startswith(".lock"))
     return [*below, "the cache of decoded images and activations: $CONFRERE_CACHE, else ~/.cache/confrere"]
 
 

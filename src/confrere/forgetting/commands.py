@@ -29,6 +29,7 @@ def forget(
     if not quiet:
         typer.echo((out / "forgetting.md").read_text(encoding="utf-8"))
         typer.echo(f"Certificate: {out / 'certificate.json'}" + ("" if found["exact"] else " (approximate)"))
+        typer.echo(f"Its report: confrere report {out}")
 
 
 def add_to(app: typer.Typer) -> None:

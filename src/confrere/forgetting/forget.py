@@ -88,7 +88,7 @@ def forget(
             "retraining": _retraining(run, opened),
             "judgement": judged,
             "not_shown": not_shown(exact=name in EXACT, judged=bool(judged), noise=opened.noisy),
-            "still_to_delete": left_behind(run, who),
+            "still_to_delete": left_behind(run),
         }
         report(out, who, found)
         certify(run, out, opened, who, found, made)

@@ -22,7 +22,7 @@ from confrere.onboard.candidates import ALONE, HEAD, SLOT, Fitted, Offer, Recipe
 from confrere.onboard.newcomer import Newcomer, newcomer
 from confrere.prefix import cache_dir, tokens
 from confrere.record.files import write_bytes, write_files, write_json
-from confrere.record.machine import cores
+from confrere.record.machine import most_threads
 from confrere.seeds import numpy_generator
 from confrere.tensors import Tensors
 from confrere.tokenset import TokenSet
@@ -47,7 +47,7 @@ def onboard(
         ConfigError, DataError: the data do not fit; see :func:`confrere.onboard.newcomer.newcomer`.
     """
     offered = open_run(run)
-    torch.set_num_threads(offered.experiment.threads or cores())
+    torch.set_num_threads(offered.experiment.threads or most_threads())
     new = newcomer(run, offered.experiment, data, site, images, seed, offered.info)
     out = out or run / "onboard" / new.site.name
     if (out / "results.json").exists():

@@ -15,6 +15,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def most_threads() -> int:
+    """Return how many threads may work at once on one thing: the cores, or ``OMP_NUM_THREADS`` where that is less."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores(), int(asked)) if asked.isdecimal() and int(asked) else cores()
+
+
 def machine() -> dict[str, Any]:
     """Return what bit-identity is promised for: versions, threads and processor capability."""
     packages = ("confrere", "torch", "numpy", "transformers", "safetensors", "scikit-learn", "pillow")
