@@ -121,7 +121,7 @@ def predict(
     from confrere.data.paths import slug
     from confrere.predict import predict_folder
 
-    count, problems = predict_folder(run, slug(site), images, out, overlays=overlay)
+    count, problems = predict_folder(run, slug(site), images, out, overlays=overlay, note=say)
     for problem in problems:
         say(f"left out {problem}")
     say(f"{count} images, {len(problems)} left out: ", out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +178,14 @@ def image_files(source: Path) -> list[Path]:
 
 
 def predict_folder(
-    run: Path, site: str, source: Path, out: Path, *, overlays: int = 0, batch_size: int = 32
+    run: Path,
+    site: str,
+    source: Path,
+    out: Path,
+    *,
+    overlays: int = 0,
+    batch_size: int = 32,
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[int, list[str]]:
     """Write a CSV of calibrated probabilities, one row an image, and overlays of the first images.
 
@@ -186,7 +193,8 @@ def predict_folder(
     images; what the model did not see, as it was cut off, is background. An overlay shows the mask's outline. Of a
     model for volumes: see :mod:`confrere.predict_volumes`; for boxes: :mod:`confrere.predict_boxes`.
 
-    Returns the number of rows and one line per file that could not be read; such files are left out.
+    ``note`` is told what a reader of the CSV should know. Returns the number of rows and one line per file that could
+    not be read; such files are left out.
 
     Raises:
         DataError: no image could be read. RunError: the site has no adapters, or its method no overlays.
@@ -202,7 +210,7 @@ def predict_folder(
             code="prediction",
         )
     if predictor.volumes is not None:
-        return predict_volumes(predictor, predictor.volumes, source, out)
+        return predict_volumes(predictor, predictor.volumes, source, out, note=note)
     files = image_files(source)
     height, width = predictor.backbone.image_size
     images, names, sizes, problems = _decode(files, source, (height, width))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from confrere.data.decode import BadImageError
-from confrere.data.grid import nifti_bytes
+from confrere.data.grid import as_stored, made_here, nifti_bytes
 from confrere.data.options import Grid
-from confrere.data.paths import fit_for_csv
+from confrere.data.paths import Root, fit_for_csv, new_folder
 from confrere.data.volume import Volume, prepared, read_volume, restored
 from confrere.errors import DataError
 from confrere.record.files import write_bytes
@@ -21,51 +22,76 @@ from confrere.record.files import write_bytes
 if TYPE_CHECKING:
     from confrere.predict import Predictor
 
+OUTSIDE = "outside the grid ml"
 
-def predict_volumes(predictor: Predictor, data: Mapping[str, Any], source: Path, out: Path) -> tuple[int, list[str]]:
+
+def predict_volumes(
+    predictor: Predictor,
+    data: Mapping[str, Any],
+    source: Path,
+    out: Path,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[int, list[str]]:
     """Write a CSV of millilitres, a row a volume, and beside it a folder with the labels of each, in its order.
+
+    Labels have the axes, shape and affine of the volume's own file. What lies outside the grid was not looked at: it is
+    background, and its millilitres stand in a column of their own. A folder of an earlier prediction is replaced.
 
     Args:
         predictor: a site's model.
         data: the experiment's table ``data``, with the grid.
         source: a NIfTI file, or a folder (searched deep) of them and of folders with a DICOM series each.
         out: CSV.
+        note: is told how many volumes the grid cuts, where it does.
 
     Returns the number of rows and one line per volume that could not be read; such volumes are left out.
 
     Raises:
-        DataError: no volume could be read.
+        DataError: no volume could be read, or the folder of labels holds something else. RunError: it cannot be
+            written.
     """
-    grid = Grid.model_validate(data["volume"])
-    rows, problems = list[list[str]](), list[str]()
-    for path in _volumes(source):
-        name = path.name if path == source else str(path.relative_to(source))
-        try:
-            volume = read_volume(path)
-            seen = prepared(volume, grid.spacing, grid.size)[None, ..., None]
-        except BadImageError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        labels = predictor.probabilities(seen)[0].argmax(0).astype(np.uint8)
-        whole = restored(labels, volume.voxels.shape, volume.spacing, grid.spacing)
-        write_bytes(out.with_name(out.stem + "_masks") / f"{len(rows):04d}.nii.gz", nifti_bytes(whole, volume.affine))
-        rows.append([fit_for_csv(name), *_millilitres(whole, volume, len(predictor.classes))])
-    if not rows:
-        raise DataError(
-            "none of the files is a readable volume",
-            where=str(source),
-            fix="\n  ".join(problems[:5]),
-            code="prediction",
-        )
+    grid, guard = Grid.model_validate(data["volume"]), Root(source)
+    rows, problems, cut = list[list[str]](), list[str](), 0
+    files = _volumes(source)
+    out = out.absolute()
+    with new_folder(out.with_name(out.stem + "_masks"), replaces=made_here) as masks:
+        for path in files:
+            name = path.absolute().name if path == source else str(path.relative_to(source))
+            try:
+                if path != source and not guard.holds(path):
+                    raise BadImageError("link leading out of the folder")
+                volume, labels, outside = _labelled(predictor, path, grid)
+            except BadImageError as error:
+                problems.append(f"{name}: {error}")
+                continue
+            content = nifti_bytes(as_stored(labels, volume.stored_affine), volume.stored_affine)
+            write_bytes(masks / f"{len(rows):04d}.nii.gz", content)
+            counts = [*np.bincount(labels.ravel(), minlength=len(predictor.classes))[1:], outside]
+            rows.append([fit_for_csv(name), *(f"{n * np.prod(volume.spacing) / 1000:.4f}" for n in counts)])
+            cut += outside > 0
+        if not rows:
+            raise DataError(
+                "none of the files is a readable volume",
+                where=str(source),
+                fix="\n  ".join(problems[:5]),
+                code="prediction",
+            )
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["file", *(f"{c} ml" for c in predictor.classes[1:])], *rows])
+    header = ["file", *(f"{name} ml" for name in predictor.classes[1:]), OUTSIDE]
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_bytes(out, text.getvalue().encode(errors="surrogateescape"))  # file names need not be UTF-8
+    if cut:
+        note(f"{cut} of {len(rows)} volumes reach beyond data.volume.size, where all is background: column '{OUTSIDE}'")
     return len(rows), problems
 
 
-def _millilitres(labels: np.ndarray, volume: Volume, classes: int) -> list[str]:
-    of_voxel = float(np.prod(volume.spacing)) / 1000
-    return [f"{count * of_voxel:.4f}" for count in np.bincount(labels.ravel(), minlength=classes)[1:]]
+def _labelled(predictor: Predictor, path: Path, grid: Grid) -> tuple[Volume, NDArray[np.uint8], int]:
+    """Return a volume, the labels of its voxels, and how many of them lie outside the grid."""
+    volume = read_volume(path)
+    seen = prepared(volume, grid.spacing, grid.size)[None, ..., None]
+    labels = predictor.probabilities(seen)[0].argmax(0).astype(np.uint8)
+    return volume, *restored(labels, volume.voxels.shape, volume.spacing, grid.spacing)
 
 
 def _volumes(source: Path) -> list[Path]:

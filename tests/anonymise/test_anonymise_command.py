@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import anon_tables as tables
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from confrere.anonymise import release
+from confrere.anonymise.attacks import LEAST_STRANGERS
+from confrere.anonymise.plan import Plan
 from confrere.anonymise.release import write_mapped, write_release
 from confrere.cli import app
 from confrere.errors import ConfigError, ConfrereError, DataError, RunError
@@ -263,3 +268,50 @@ def test_a_table_that_does_not_hold_what_was_asked_is_never_written(
         write_release(plan, [plan.parent / "north.csv"], plan.parent / "out")
     assert caught.value.code == "anonymity-check"
     assert not (plan.parent / "out").exists()
+
+
+def test_tables_that_do_not_hold_it_together_are_never_written(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = release.examine
+
+    def wary(asked: Plan, rows: Sequence[tuple[str, ...]], units: NDArray[np.int64]) -> dict[str, Any]:
+        return real(asked, rows, units) | ({"holds": False} if len(rows) > 80 else {})
+
+    monkeypatch.setattr(release, "examine", wary)
+    both = [plan.parent / name for name in ("north.csv", "St. Mary.csv")]
+    with pytest.raises(RunError, match="all tables together") as caught:
+        write_release(plan, both, plan.parent / "out")
+    assert caught.value.code == "anonymity-check"
+    assert not (plan.parent / "out").exists()
+    write_release(plan, both[:1], plan.parent / "out")
+
+
+def test_too_few_strangers_are_refused_before_anything_is_done(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = plan.parent
+    monkeypatch.setattr(release, "anonymise", None)
+    for count in (1, 2, LEAST_STRANGERS - 1):
+        few = write(folder / "few.csv", tables.rows(count, seed=3))
+        with pytest.raises(DataError, match=f"too short for a comparison: {count}") as caught:
+            write_release(plan, [folder / "north.csv"], folder / "out", strangers=few)
+        assert caught.value.code == "too-few-records"
+        assert not (folder / "out").exists()
+    monkeypatch.undo()
+    enough = write(folder / "enough.csv", tables.rows(LEAST_STRANGERS, seed=3))
+    found = write_release(plan, [folder / "north.csv"], folder / "out", strangers=enough)
+    assert 0.1 < found["attacks"]["membership in north"]["strangers"] < 0.9
+
+
+def test_kept_cells_and_targets_are_no_formulas_and_numbers_stay(plan: Path) -> None:
+    folder, out = plan.parent, plan.parent / "out"
+    given = ["=HYPERLINK(1)", "+1-1", "-cmd", "@SUM(1)", "-1.5", "+3e-4", "-1,5", "-", "", "a=b", "7"]
+    cells = [
+        {**one, "lab": given[n % len(given)], "y": "=1" if n % 2 else "0"} for n, one in enumerate(tables.rows(44))
+    ]
+    path = write(folder / "x.csv", cells)
+    write_release(plan, [path], out)
+    write_mapped(plan, path, [out / "mapping.json"], folder / "mapped.csv")
+    expected = ["./=HYPERLINK(1)", "./+1-1", "./-cmd", "./@SUM(1)", *given[4:]]
+    mapped = list(csv.DictReader((folder / "mapped.csv").read_text().splitlines()))
+    assert [row["lab"] for row in mapped] == [expected[n % len(given)] for n in range(44)]
+    released = list(csv.DictReader((out / "x.csv").read_text().splitlines()))
+    assert sorted(row["lab"] for row in released) == sorted(expected * 4)
+    assert {row["y"] for row in released} == {"./=1", "0"}

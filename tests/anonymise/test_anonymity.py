@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import anon_tables as tables
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from confrere.anonymise import table
 from confrere.anonymise.generalise import anonymise, losses
 from confrere.anonymise.itemsets import protect
 from confrere.anonymise.plan import Plan
@@ -48,6 +50,24 @@ def test_whatever_is_known_of_a_record_fits_k_patients(
         return
     rows = published(plan, cells)
     assert tables.fewest(plan, cells, rows) >= k
+
+
+NUMBERS = st.one_of(st.floats(-1e15, 1e15), st.integers(-(10**9), 10**9).map(float))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(NUMBERS, min_size=3, max_size=8, unique=True).map(sorted))
+def test_cut_points_are_read_back_from_what_is_written(folder: Path, cuts: list[float]) -> None:
+    plan = tables.make(folder, numeric={"age": {"cuts": cuts}}, categorical={}, items=None)
+    written = [table.cells(plan, ((low, low),), (), ("0",))[0] for low in range(len(cuts) - 1)]
+    assert [tuple(map(float, one.split(".."))) for one in written] == list(itertools.pairwise(cuts))
+
+
+def test_days_as_numbers_stay_apart(folder: Path) -> None:
+    cuts = [20200101, 20200106, 20200111, 0.5e15]
+    plan = tables.make(folder, k=2, numeric={"age": {"cuts": cuts}}, categorical={}, items=None)
+    rows = [{"p": str(day), "age": str(20200101 + day), "y": "0"} for day in range(10)]
+    assert sorted(set(published(plan, rows))) == [("20200101..20200106", "0"), ("20200106..20200111", "0")]
 
 
 def test_the_truth_and_the_check_both_notice_a_table_that_was_not_anonymised(folder: Path) -> None:

@@ -132,6 +132,8 @@ def test_membership_is_told_less_than_by_the_table_before_and_strangers_are_alik
     assert found["raw"] > 0.85
     assert 0.5 < found["anonymised"] < found["raw"]
     assert found["strangers"] == pytest.approx(0.5, abs=0.08)
+    with pytest.raises(DataError, match="too short"):
+        membership(own, own.records, strangers.take(np.arange(1)))
 
 
 def test_mappings_that_do_not_fit_are_refused(plan: Plan, union: dict[str, Any], tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def tilted(degrees: float, spacing: tuple[float, ...] = SPACING) -> np.ndarray:
     angle = np.radians(degrees)
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    return turn @ ras(spacing)
+    return np.asarray(turn @ ras(spacing))
 
 
 @settings(max_examples=25, deadline=None)
@@ -98,7 +98,8 @@ def test_what_the_grid_cuts_off_is_counted(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     save(folder / "a.nii", voxels((8, 9, 10)), ras())
-    save(folder / "b.nii", np.full((20, 9, 10), 2) - (np.arange(20) < 10)[:, None, None], ras())
+    halves = np.repeat([1, 2], 10)[:, None, None] * np.ones((20, 9, 10))
+    save(folder / "b.nii", halves.astype(np.int16), ras())
     count, problems, notes = predict(folder, tmp_path / "out.csv")
     assert (count, problems) == (2, [])
     assert len(notes) == 1

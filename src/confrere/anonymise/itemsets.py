@@ -32,14 +32,18 @@ class Published:
     lost: float
 
 
-def published_node(tree: Hierarchy, nodes: Iterable[int], leaf: int) -> int | None:
-    """Return the node of ``nodes`` that covers ``leaf``, or None: the item is left out."""
-    chosen = set(nodes)
-    while leaf not in chosen:
-        if leaf == 0:
-            return None
-        leaf = tree.parent[leaf]
-    return leaf
+def published(tree: Hierarchy | None, nodes: Iterable[int], leaves: Iterable[int]) -> tuple[int, ...]:
+    """Return those of ``nodes`` that cover one of ``leaves``, ascending; a leaf that none covers is left out."""
+    if tree is None:
+        return ()
+    chosen, found = set(nodes), set()
+    for leaf in leaves:
+        node = leaf
+        while node not in chosen and node != 0:
+            node = tree.parent[node]
+        if node in chosen:
+            found.add(node)
+    return tuple(sorted(found))
 
 
 def protect(tree: Hierarchy, items: Sequence[Sequence[int]], units: NDArray[np.int64], *, k: int, m: int) -> Published:

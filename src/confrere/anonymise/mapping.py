@@ -19,7 +19,7 @@ from confrere import intake
 from confrere.anonymise.encode import encode
 from confrere.anonymise.generalise import Release
 from confrere.anonymise.hierarchy import ROOT
-from confrere.anonymise.itemsets import published_node
+from confrere.anonymise.itemsets import published
 from confrere.anonymise.plan import Plan
 from confrere.anonymise.records import Records
 from confrere.anonymise.relational import Box, ncp
@@ -178,13 +178,8 @@ def mapped_items(
     plan: Plan, records: Records, classes: Sequence[Entry], of: NDArray[np.int64]
 ) -> list[tuple[int, ...]]:
     """Return for each record its items as its class publishes them; what the class does not publish is left out."""
-    if plan.tree is None:
-        return [()] * len(records)
-    made = []
-    for leaves, number in zip(records.items, of.tolist(), strict=True):
-        nodes = {published_node(plan.tree, classes[number].nodes, leaf) for leaf in leaves} - {None}
-        made.append(tuple(sorted(node for node in nodes if node is not None)))
-    return made
+    pairs = zip(records.items, of.tolist(), strict=True)
+    return [published(plan.tree, classes[number].nodes, leaves) for leaves, number in pairs]
 
 
 def _wrong(what: str, where: str) -> DataError:

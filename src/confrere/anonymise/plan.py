@@ -84,7 +84,7 @@ class Plan:
         m: items of a record that an attacker may know.
         target: column of what is learnt; it is written, and not hidden.
         patient: column of a unit, or empty: every row is one.
-        keep: columns that are written unchanged.
+        keep: columns that are written as they are, but for what a spreadsheet would run.
         numeric: column -> ascending public cut points; values beyond the outer two count as those.
         categorical: column -> public tree.
         items: column of sets, or empty.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from confrere.anonymise.attacks import Target, intersection, membership
+from confrere.anonymise.attacks import Target, check_strangers, intersection, membership
 from confrere.anonymise.generalise import anonymise, losses
 from confrere.anonymise.mapping import as_mapping, assign, entries, mapped_items, read_mapping, unite
 from confrere.anonymise.plan import Plan, read_plan
 from confrere.anonymise.records import Records, read_records
 from confrere.anonymise.statement import as_markdown, as_statement
-from confrere.anonymise.table import as_csv, cells, check_size, examine, rows_of
+from confrere.anonymise.table import as_csv, cells, check_size, csv_bytes, examine, rows_of
 from confrere.data.paths import new_folder, slug
 from confrere.errors import ConfigError, DataError, RunError
 from confrere.record.files import as_json, write_bytes, write_files
@@ -43,6 +41,9 @@ def write_release(plan: Path, tables: Sequence[Path], out: Path, *, strangers: P
             be written does not hold what was asked, which is our fault; or ``out`` cannot be written.
     """
     asked = read_plan(plan)
+    others = read_records(strangers, asked) if strangers else None
+    if strangers and others:
+        check_strangers(others, strangers.name)
     names: dict[str, int] = {}
     targets: dict[str, Target] = {}
     for table in tables:
@@ -54,19 +55,12 @@ def write_release(plan: Path, tables: Sequence[Path], out: Path, *, strangers: P
         check_size(asked, records, table.name)
         targets[site] = Target(asked, records, anonymise(asked, records, where=table.name))
     files, told = _examined(asked, targets)
-    attacks = _attacked(targets, read_records(strangers, asked) if strangers else None)
+    attacks = _attacked(targets, others)
     statement = as_statement(asked, told["sites"], told["union"], attacks, time.strftime("%Y-%m-%d"))
     files["mapping.json"] = as_json(as_mapping(asked, {site: one.release for site, one in targets.items()}))
     files |= {"statement.json": as_json(statement), "statement.md": as_markdown(statement).encode()}
-    try:
-        with new_folder(out) as draft:
-            write_files(draft, files)
-    except OSError as error:
-        what, fix = (
-            f"the folder cannot be written: {error.strerror}",
-            "free space, mend the permissions or choose another",
-        )
-        raise RunError(what, where=str(out), fix=fix, code="cannot-write") from error
+    with new_folder(out) as draft:
+        write_files(draft, files)
     return statement
 
 
@@ -79,22 +73,22 @@ def _examined(plan: Plan, targets: Mapping[str, Target]) -> tuple[dict[str, byte
     for site, one in targets.items():
         rows = rows_of(plan, one.records, one.release)
         counted = {"rows": len(rows), "units": len(np.unique(one.records.units)), "outside": one.records.outside}
-        sites[site] = {**counted, **_holding(plan, rows, one.records, site)}
+        sites[site] = {**counted, **_holding(plan, rows, one.records.units, site)}
         sites[site]["losses"] = losses(plan, one.records, one.release)
         files[f"{site}.csv"] = as_csv(plan, rows)
         files[f"{site}.mapping.json"] = as_json(as_mapping(plan, {site: one.release}))
         units.append(one.records.units + (0 if plan.patient else len(everything)))
         everything += rows
-    union = examine(plan, everything, np.concatenate(units))
+    union = _holding(plan, everything, np.concatenate(units), "all tables together")
     return files, {"sites": sites, "union": union}
 
 
-def _holding(plan: Plan, rows: list[tuple[str, ...]], records: Records, site: str) -> dict[str, Any]:
-    counted = examine(plan, rows, records.units)
+def _holding(plan: Plan, rows: list[tuple[str, ...]], units: NDArray[np.int64], where: str) -> dict[str, Any]:
+    counted = examine(plan, rows, units)
     if not counted["holds"]:
-        what = f"the table that would be written holds a class of {counted['smallest_class']} or a set of items of "
+        what = f"what would be written holds a class of {counted['smallest_class']} or a set of items of "
         what += f"{counted['smallest_support']} {plan.unit}, k is {plan.k}"
-        raise RunError(what, where=site, fix="nothing was written; report this", code="anonymity-check")
+        raise RunError(what, where=where, fix="nothing was written; report this", code="anonymity-check")
     return counted
 
 
@@ -133,9 +127,6 @@ def write_mapped(plan: Path, table: Path, mappings: Sequence[Path], out: Path) -
     of = assign(asked, records, classes)
     items = mapped_items(asked, records, classes, of)
     boxes = [classes[number].box for number in of]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(asked.written[:-1])
-    writer.writerows(cells(asked, *one)[:-1] for one in zip(boxes, items, records.kept, strict=True))
-    write_bytes(out, text.getvalue().encode())
+    rows = (cells(asked, *one)[:-1] for one in zip(boxes, items, records.kept, strict=True))
+    write_bytes(out, csv_bytes(asked.written[:-1], rows))
     return len(records)

@@ -9,7 +9,7 @@ from confrere.anonymise.plan import Plan
 
 NOT_CHECKED = (
     "whether the columns named as quasi-identifiers are all that an attacker knows: columns that are kept, and the "
-    "target, are written unchanged and hidden by nothing",
+    "target, are written and hidden by nothing",
     "what a class tells about the target of those in it: l and t below are counted, and not enforced",
     "whether a model that is trained on the table tells who was in it",
     "other releases: of the same patients at another site, of the same site at another time, or with another plan; "

@@ -8,42 +8,52 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from confrere.anonymise.generalise import Release
-from confrere.anonymise.itemsets import published_node
+from confrere.anonymise.itemsets import published
 from confrere.anonymise.plan import Plan
 from confrere.anonymise.records import Records
 from confrere.anonymise.relational import Box
+from confrere.data.paths import fit_for_csv
 from confrere.errors import DataError
 
 MOST_SETS = 50_000_000
+_NUMBER = re.compile(r"[+-][\d.,]*([eE][+-]?\d+)?")  # with its sign, or the sign alone: neither is run
 
 
 def published_items(plan: Plan, records: Records, release: Release) -> list[tuple[int, ...]]:
     """Return for each record the published nodes of its items."""
-    made: list[tuple[int, ...]] = [()] * len(records)
-    if plan.tree is not None:
-        for one in release.classes:
-            for row in one.rows:
-                nodes = {published_node(plan.tree, one.items.nodes, leaf) for leaf in records.items[row]}
-                made[row] = tuple(sorted(node for node in nodes if node is not None))
-    return made
+    pairs = zip(records.items, release.class_of.tolist(), strict=True)
+    return [published(plan.tree, release.classes[number].items.nodes, leaves) for leaves, number in pairs]
 
 
 def cells(plan: Plan, box: Box, nodes: Sequence[int], kept: Sequence[str]) -> tuple[str, ...]:
-    """Return a record's cells in the order of ``plan.written``: ``20..35``, a node's name, ``a;b``, what is kept."""
-    made = [f"{cuts[low]:g}..{cuts[high + 1]:g}" for cuts, (low, high) in zip(plan.numeric.values(), box, strict=False)]
+    """Return a record's cells in the order of ``plan.written``: ``20..35``, a node's name, ``a;b``, what is kept.
+
+    Cut points are the shortest numbers that read back the same. What is kept is no formula to a spreadsheet.
+    """
+    pairs = zip(plan.numeric.values(), box, strict=False)
+    made = [f"{_shortest(cuts[low])}..{_shortest(cuts[high + 1])}" for cuts, (low, high) in pairs]
     trees = zip(plan.categorical.values(), box[len(plan.numeric) :], strict=True)
     made += [tree.nodes[node] for tree, (node, _) in trees]
     if plan.tree is not None:
         made.append(plan.separator.join(sorted(plan.tree.nodes[node] for node in nodes)))
-    return (*made, *kept[1:], kept[0])
+    return (*made, *map(_safe, kept[1:]), _safe(kept[0]))
+
+
+def _shortest(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+def _safe(cell: str) -> str:
+    return cell if not cell or _NUMBER.fullmatch(cell) else fit_for_csv(cell)
 
 
 def rows_of(plan: Plan, records: Records, release: Release) -> list[tuple[str, ...]]:
@@ -55,10 +65,13 @@ def rows_of(plan: Plan, records: Records, release: Release) -> list[tuple[str, .
 
 def as_csv(plan: Plan, rows: Sequence[tuple[str, ...]]) -> bytes:
     """Return a CSV; rows are sorted, as the order they came in may tell who is who."""
+    return csv_bytes(plan.written, sorted(rows))
+
+
+def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[str]]) -> bytes:
+    """Return a CSV in UTF-8."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(plan.written)
-    writer.writerows(sorted(rows))
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue().encode()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from confrere.errors import MissingExtraError
 SPACINGS_MM = (0.01, 100.0)
 SHEAR = 0.01  # cosine between two axes
 BESIDE = 16_000_000  # bytes that a file may hold before its first voxel
+_MADE_HERE = b"labels by confrere predict"
 
 LARGE = "more voxels than max_voxels"
 DIMENSIONS = "not three dimensions of two voxels or more"
@@ -69,6 +71,13 @@ def oriented(placed: Placed, max_oblique: float) -> tuple[NDArray[Any], NDArray[
     return turn.apply_orientation(placed.voxels, how), affine @ turn.inv_ornt_aff(how, placed.voxels.shape)
 
 
+def as_stored(voxels: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[Any]:
+    """Return voxels of RAS+ orientation in the order of axes that ``affine`` has: :func:`oriented`, undone."""
+    turn = load_nibabel().orientations
+    back = turn.ornt_transform(turn.axcodes2ornt("RAS"), turn.io_orientation(affine))
+    return np.asarray(turn.apply_orientation(voxels, back))
+
+
 def load_nibabel() -> Any:
     """Return nibabel; MissingExtraError when it is not installed."""
     try:
@@ -79,7 +88,7 @@ def load_nibabel() -> Any:
 
 
 def nifti_bytes(labels: NDArray[np.uint8], affine: NDArray[np.float64]) -> bytes:
-    """Return labels (X, Y, Z) as a gzipped NIfTI file: lengths in millimetres, nothing else in its header.
+    """Return labels (X, Y, Z) as a gzipped NIfTI file: lengths in millimetres, and that it was made here.
 
     Raises:
         MissingExtraError: nibabel is not installed.
@@ -87,4 +96,15 @@ def nifti_bytes(labels: NDArray[np.uint8], affine: NDArray[np.float64]) -> bytes
     nibabel = load_nibabel()
     image = nibabel.Nifti1Image(labels, affine)
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = _MADE_HERE
     return gzip.compress(image.to_bytes(), mtime=0)
+
+
+def made_here(path: Path) -> bool:
+    """Return whether the path is an ordinary file with what :func:`nifti_bytes` gives."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return bytes(load_nibabel().load(path).header["descrip"]).rstrip(b"\0") == _MADE_HERE
+    except Exception:  # nibabel raises a dozen types; what it cannot read was made elsewhere
+        return False

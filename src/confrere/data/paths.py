@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from confrere.errors import DataError
+from confrere.errors import DataError, RunError
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # A drive letter, a scheme such as file: or https:, or a home directory.
@@ -54,26 +54,52 @@ class Root:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a draft that becomes ``out`` when all went well, so that ``out`` is whole or absent.
+def new_folder(out: Path, *, replaces: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
+    """Yield a draft that becomes ``out`` when all went well, so that ``out`` is whole, or as it was.
+
+    Args:
+        out: a folder that is not there, or holds nothing but what may go.
+        replaces: whether what lies in ``out`` may go.
 
     Raises:
-        DataError: ``out`` is a file or holds something.
+        DataError: ``out`` is a file or holds something else. RunError: it cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    _to_go(out, replaces)
+    draft = out.with_name(f".{out.name}.part")
+    try:
+        with _writing(out):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        yield draft
+        old = _to_go(out, replaces)  # again: that took its time
+        with _writing(out):
+            for path in old:
+                path.unlink()
+            if out.exists():
+                out.rmdir()
+            draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _to_go(out: Path, replaces: Callable[[Path], bool]) -> list[Path]:
+    """Return what lies in ``out``, all of which may go."""
+    with _writing(out):
+        found = list(out.iterdir()) if out.is_dir() else []
+    if (out.exists() and not out.is_dir()) or not all(map(replaces, found)):
         raise DataError(
             "the folder is not empty", where=str(out), fix="remove it, or choose another one", code="not-empty"
         )
-    draft = out.with_name(f".{out.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    return found
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        yield draft
-        if out.exists():
-            out.rmdir()
-        draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        yield
+    except OSError as error:
+        what, fix = f"cannot write the folder: {error.strerror}", "free space, mend the permissions or choose another"
+        raise RunError(what, where=str(out), fix=fix, code="cannot-write") from error
 
 
 def is_ignored(name: str) -> bool:

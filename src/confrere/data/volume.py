@@ -7,6 +7,7 @@ file's own rescaling. What cannot be placed in space without a guess is refused:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,15 @@ class Volume:
         voxels: (X, Y, Z) float32, finite; X runs to the right, Y to the front, Z to the head.
         spacing: millimetres between voxels along X, Y, Z.
         affine: (4, 4) float64, from voxel indices to millimetres.
+        stored_affine: the same for the voxels in the order of axes that the file has; of a series: columns, rows, and
+            slices along their normal.
         sha256: of the file's bytes; of a folder: of the sorted digests of its slices. Hexadecimal.
     """
 
     voxels: NDArray[np.float32]
     spacing: tuple[float, float, float]
     affine: NDArray[np.float64]
+    stored_affine: NDArray[np.float64]
     sha256: str
 
 
@@ -68,7 +72,13 @@ def read_volume(path: Path, *, max_voxels: int = MAX_VOXELS, max_oblique: float 
         raise BadImageError(NONFINITE)
     if values.min() == values.max():
         raise BadImageError(CONSTANT)
-    return Volume(voxels=values, spacing=spacing_of(affine), affine=affine, sha256=placed.sha256)
+    return Volume(
+        voxels=values,
+        spacing=spacing_of(affine),
+        affine=affine,
+        stored_affine=placed.affine,
+        sha256=placed.sha256,
+    )
 
 
 def read_labels(path: Path, classes: int, like: Volume, *, max_voxels: int = MAX_VOXELS) -> NDArray[np.uint8]:
@@ -142,19 +152,19 @@ def restored(
     shape: tuple[int, ...],
     old: tuple[float, float, float],
     spacing: tuple[float, float, float],
-) -> NDArray[np.uint8]:
+) -> tuple[NDArray[np.uint8], int]:
     """Return labels of the grid of :func:`prepared` on a volume's own grid (shape), each that of the nearest voxel.
 
-    What the grid cut off is background. ``old`` is the spacing of the volume, ``spacing`` that of the grid.
+    What the grid cut off is background; the second number is how many voxels that are. ``old`` is the spacing of the
+    volume, ``spacing`` that of the grid.
     """
-    places = []
+    inside = []
     for n, before, after, size in zip(shape, old, spacing, labels.shape, strict=True):
         there = max(1, round(n * before / after))
         at = (np.arange(n) - (n - 1) / 2) * before / after + (there - 1) / 2 + (size - there) // 2
-        places.append(np.floor(at + 0.5).astype(np.int64))
-    padded = np.pad(labels, 1)
-    inside = [np.clip(at + 1, 0, size + 1) for at, size in zip(places, labels.shape, strict=True)]
-    return np.ascontiguousarray(padded[np.ix_(*inside)])
+        inside.append(np.clip(np.floor(at + 0.5).astype(np.int64) + 1, 0, size + 1))
+    seen = [int(((at > 0) & (at <= size)).sum()) for at, size in zip(inside, labels.shape, strict=True)]
+    return np.ascontiguousarray(np.pad(labels, 1)[np.ix_(*inside)]), math.prod(shape) - math.prod(seen)
 
 
 def _resampled(
