@@ -89,9 +89,9 @@ def test_epsilon_is_that_of_opacus_by_renyi_divergence() -> None:
         book.history = [(sigma, rate, steps)]
         theirs = book.get_epsilon(delta, alphas=range(2, 65))
         ours = epsilon(sigma, rounds=steps, delta=delta, rate=rate, accountant="rdp")
-        if theirs > 0.1:
+        if theirs > 0.2:
             assert ours == pytest.approx(theirs, rel=1e-3), (sigma, rate, steps, delta)
-        else:  # dp-accounting knows a tighter rule for the smallest
+        else:  # we also try larger orders, which are the best ones here
             assert 0 <= ours <= theirs * 1.001, (sigma, rate, steps, delta)
 
 
