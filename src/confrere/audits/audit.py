@@ -36,12 +36,14 @@ class Choice:
         seed: of every draw.
         references: reference models, an even number >= 4; each is trained like the run, on half of the patients.
         patients: at most so many members, and as many others, of each site.
+        attribute: what the audit of this name asks; empty for all that it can.
         notify: called with a line of progress.
     """
 
     seed: int = 0
     references: int = 4
     patients: int = 1000
+    attribute: str = ""
     notify: Callable[[str], None] = field(default=_quiet, repr=False)
 
     def __post_init__(self) -> None:

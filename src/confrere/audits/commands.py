@@ -18,6 +18,7 @@ def audit(
     data: Annotated[Path | None, typer.Option(help="where the run's images lie now")] = None,
     references: Annotated[int, typer.Option(help="reference models to train, even, 4 or more")] = 4,
     patients: Annotated[int, typer.Option(help="most members, and most others, of each site")] = 1000,
+    attribute: Annotated[str, typer.Option(help="column (or site) that `attribute` asks. Default: all")] = "",
     seed: Annotated[int, typer.Option(help="of every draw")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
@@ -37,7 +38,11 @@ def audit(
 
     notify = Console(stderr=True, highlight=False, quiet=as_json)
     choice = Choice(
-        seed=seed, references=references, patients=patients, notify=lambda line: notify.print(line, markup=False)
+        seed=seed,
+        references=references,
+        patients=patients,
+        attribute=attribute.strip().lower(),
+        notify=lambda line: notify.print(line, markup=False),
     )
     found = attack(run, only=only or (), data=data, choice=choice, done=show)
     if as_json:

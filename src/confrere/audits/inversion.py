@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,31 +20,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from confrere.adapters import head
 from confrere.audits.audit import Audit, Choice, Interval, Row, register
+from confrere.audits.inversion_bench import Bench, Victim, fewest_steps
 from confrere.audits.tapped import AuditedRun
 from confrere.consistency import UNITS
 from confrere.errors import ConfigError
-from confrere.job import initial
-from confrere.learner import Learner, TrainSettings
 from confrere.metrics.bootstrap import reach
 from confrere.optimiser import AdamW
 from confrere.seeds import numpy_generator
-from confrere.tensors import Tensors, sub
-from confrere.tokenset import TokenSet
+from confrere.tensors import Tensors
 
-FEATURES, TOKENS, STEPS, PUBLIC = 12, 4, 60, 64
-"""Images whose feature, and whose tokens, are rebuilt; steps of the latter; images from which means are known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Victim:
-    """One training of one site on images that the attacker wants: what was known before, and the gradient it showed.
-
-    ``images``: (B, N, D), the truth. ``gradient``: by name, up to a factor.
-    """
-
-    before: Tensors
-    gradient: Tensors
-    images: Tensor
+FEATURES, TOKENS, STEPS = 12, 4, 60
+"""Images whose feature, and whose tokens, are rebuilt; steps of the latter."""
 
 
 def label_of(bias: Tensor) -> int:
@@ -60,11 +45,6 @@ def feature_of(weight: Tensor, bias: Tensor) -> Tensor:
     """
     found: Tensor = weight.T @ bias / (bias.square().sum() + 1e-30)
     return found
-
-
-def gradient_of(change: Tensors, before: Tensors, settings: TrainSettings) -> dict[str, Tensor]:
-    """Return what the change of AdamW says of the gradient: its sign, nearly, after one step; then a mixture."""
-    return {n: -value / settings.lr - settings.weight_decay * before[n] for n, value in change.items()}
 
 
 def rebuild_tokens(
@@ -95,77 +75,6 @@ def rebuild_tokens(
             (guess.grad,) = torch.autograd.grad(1 - inner / (size + 1e-30), guess)
             adam.step()
     return guess.detach()
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A site as the attacker meets it: its model before a round, and public images (M, N, D) of the same kind."""
-
-    run: AuditedRun
-    site: str
-    before: Tensors
-    public: Tensor
-
-    @classmethod
-    def of(cls, run: AuditedRun, site: str) -> Bench:
-        """Return the bench of one site, before the round whose models were chosen; held-out images are public."""
-        received = run.broadcast(site, run.round)
-        if received is None:
-            what, fix = "the state before the chosen round is not kept", "run with record.keep=0"
-            raise ConfigError(what, where="record.keep", fix=fix, code="audit")
-        before = run.method.personal(received, run.method.init_site(initial(run.task, site)))
-        rows = np.flatnonzero(run.data[site].split != 0)[:PUBLIC]
-        return cls(run, site, before, run.data[site].batch(rows).tokens.float())
-
-    def feature(self, tokens: Tensor) -> Tensor:
-        """Return the features (B, F) of tokens, before the round."""
-        with torch.no_grad():
-            return self.run.task.backbone_of(self.site).features(self.before, tokens)
-
-    def predict(self, params: Tensors, tokens: Tensor) -> Tensor:
-        """Return logits."""
-        return self.run.task.backbone_of(self.site).logits(params, tokens)
-
-    def plain(self, row: int) -> Victim:
-        """Return what one plain gradient step on one image shows, without dropout."""
-        batch = self.run.data[self.site].batch(np.array([row]))
-        names = [n for n in self.before if self.run.method.shared(n)]
-        leaves = {n: t.detach().clone().requires_grad_() for n, t in self.before.items()}
-        loss = torch.nn.functional.cross_entropy(self.predict(leaves, batch.tokens), batch.labels)
-        found = torch.autograd.grad(loss, [leaves[n] for n in names], materialize_grads=True)
-        return Victim(before=self.before, gradient=dict(zip(names, found, strict=True)), images=batch.tokens.float())
-
-    def sent(self, rows: np.ndarray, steps: int, batch_size: int, seed: int) -> Victim:
-        """Return what the site's optimiser shows of some images after so many steps."""
-        data = self.run.data[self.site]
-        own = _only(data, rows)
-        choice = {**self.run.experiment.train.model_dump(), "views": 1, "steps": steps, "batch_size": batch_size}
-        settings = TrainSettings(**choice)
-        learner = Learner(
-            backbone=self.run.task.backbone_of(self.site),
-            data=own,
-            settings=settings,
-            seed=seed,
-            site=self.site,
-            round=self.run.round,
-            rounds=self.run.experiment.rounds,
-        )
-        after = learner.fit(self.before)
-        names = [n for n in self.before if self.run.method.shared(n)]
-        change = sub({n: after[n] for n in names}, self.before)
-        return Victim(
-            before=self.before,
-            gradient=gradient_of(change, self.before, settings),
-            images=own.batch(np.arange(len(rows))).tokens.float(),
-        )
-
-
-def _only(data: TokenSet, rows: np.ndarray) -> TokenSet:
-    """Return some images as a training set of their own."""
-    split = np.zeros(len(rows), dtype=np.int8)
-    return replace(
-        data, tokens=data.tokens[rows], labels=data.labels[rows], groups=data.groups[rows], split=split, views=()
-    )
 
 
 def skill(guess: Tensor, truths: Tensor, mean: Tensor) -> float:
@@ -211,13 +120,35 @@ def measured(benches: dict[str, Bench], victims: list[tuple[str, Victim]], what:
     return interval(ours), interval(others)
 
 
+def trials(
+    run: AuditedRun, benches: dict[str, Bench], groups: list[tuple[str, np.ndarray]], seed: int
+) -> dict[str, list[tuple[str, Victim]]]:
+    """Return victims by what they show, in words: each a site and the images of one of its batches, ``groups``."""
+    train, least = run.experiment.train, fewest_steps(run)
+    short = "one step" if least == 1 else f"a round of {least} steps"
+    size, full = train.batch_size, f"a round of {train.steps} steps"
+
+    def sent(images: int, steps: int) -> list[tuple[str, Victim]]:
+        return [(site, benches[site].sent(rows[:images], steps, images, seed)) for site, rows in groups]
+
+    single = sent(1, least)
+    moved = [list(victim.gradient) for _, victim in single]
+    plain = [(s, benches[s].plain(int(rows[0]), names)) for (s, rows), names in zip(groups, moved, strict=True)]
+    return {
+        "one image, plain gradient": plain,
+        f"one image, {short} of AdamW": single,
+        f"{size} images, {short}": sent(size, least),
+        f"{size} images, {full}": sent(size, train.steps),
+    }
+
+
 @register(
     "inversion",
     title="Inversion of updates",
     question="Can an image be rebuilt from the update of the site that trained on it?",
 )
 def inversion(run: AuditedRun, choice: Choice) -> Audit:
-    """Rebuild features and tokens of images from a plain gradient, from one step of AdamW, and from a whole round."""
+    """Rebuild features and tokens of images from a plain gradient, the shortest round there is, and a whole round."""
     started = time.perf_counter()
     shared = [n for n in head.NAMES if run.method.shared(n)]
     if run.experiment.privacy.unit in UNITS:
@@ -227,21 +158,14 @@ def inversion(run: AuditedRun, choice: Choice) -> Audit:
         what = "there is no update of a single site that holds a head: it is masked, or stays at the site"
         raise ConfigError(what, where="method.name", fix="audit a run whose updates the server sees", code="audit")
     benches = {site: Bench.of(run, site) for site in run.sites}
-    rng, train = numpy_generator(choice.seed, "audit", "inversion"), run.experiment.train
+    rng = numpy_generator(choice.seed, "audit", "inversion")
     picked = [run.sites[i % len(run.sites)] for i in range(FEATURES)]
-    size = train.batch_size
+    size = run.experiment.train.batch_size
     groups = [
         (s, rng.choice(run.data[s].rows("train"), min(size, len(run.data[s].rows("train"))), replace=False))
         for s in picked
     ]
-    kinds = {
-        "one image, plain gradient": [(s, benches[s].plain(int(rows[0]))) for s, rows in groups],
-        "one image, one step of AdamW": [(s, benches[s].sent(rows[:1], 1, 1, choice.seed)) for s, rows in groups],
-        f"{size} images, one step": [(s, benches[s].sent(rows, 1, size, choice.seed)) for s, rows in groups],
-        f"{size} images, a round of {train.steps} steps": [
-            (s, benches[s].sent(rows, train.steps, size, choice.seed)) for s, rows in groups
-        ],
-    }
+    kinds = trials(run, benches, groups, choice.seed)
     rows = []
     for name, victims in kinds.items():
         for what, most in (("feature", FEATURES), ("tokens", TOKENS)):
@@ -267,7 +191,8 @@ def inversion(run: AuditedRun, choice: Choice) -> Audit:
         limits=(
             "Tokens in front of the first adapted block and pooled features, not pixels; no prior on images.",
             "A server that chooses the frozen model shows far more: see docs/property-inference.md.",
-            "Trials train on the images named and nothing else, from the state before the chosen round.",
+            "Trials send what the method would of the images named, from the state before the chosen round.",
+            "What stays at a site begins as a newcomer's. No site sends a plain gradient: it is the easiest case.",
         ),
         warnings=warnings,
         settings={"features": FEATURES, "tokens": TOKENS, "steps": STEPS},

@@ -16,7 +16,7 @@ from confrere.config import Experiment
 from confrere.data.federation import Federation
 from confrere.data.paths import RESERVED as POOLED
 from confrere.errors import ConfigError, RunError
-from confrere.federation.budget import privacy_said
+from confrere.federation.budget import UNIT, privacy_said
 from confrere.federation.loop import federate
 from confrere.federation.secure.total import SUMS, read_total
 from confrere.federation.transport import InProcess
@@ -26,8 +26,9 @@ from confrere.learner import predict
 from confrere.method import Method, Request
 from confrere.opening import open_data
 from confrere.prefix import cache_dir, tokens
+from confrere.privacy import epsilon
 from confrere.record.files import read_json
-from confrere.record.machine import cores
+from confrere.record.machine import cores, most_threads
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors, digest
 from confrere.tokenset import TokenSet
@@ -39,7 +40,10 @@ Splits = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
-    """Differential privacy that a run claims; its ``unit``: ``hospital``, ``record`` (one image) or ``patient``."""
+    """Differential privacy of one patient, or image, more or less; ``unit``: ``hospital``, ``record`` or ``patient``.
+
+    Where whole hospitals are hidden, a patient more or less *replaces* a hospital's update by another one.
+    """
 
     unit: str
     epsilon: float
@@ -47,7 +51,7 @@ class Guarantee:
 
     def covers(self, model: str) -> bool:
         """Return whether ``model`` is behind the noise: a site's answer if the site made it; its own model never."""
-        return model == "general" or (model == "update" and self.unit != "hospital")
+        return model == "general" or (model == "update" and self.unit != UNIT)
 
     def of_patient(self, images: int) -> tuple[float, float]:
         """Return epsilon and delta for a patient of so many images: group privacy, where the unit is an image."""
@@ -102,11 +106,19 @@ class AuditedRun:
 
     @property
     def guarantee(self) -> Guarantee | None:
-        """Return the differential privacy that the run claims; None without, or if its noise can be taken off."""
+        """Return what the run's noise promises a patient; None without noise, or if it can be taken off.
+
+        Epsilon of a hospital added or removed is that of sums which move by the clip S; a patient in or out moves them
+        by up to 2 S, the difference of two updates: half as much noise counts.
+        """
         said = self.results.get("privacy") or self._said()
         if said.get("epsilon") is None or said.get("simulation"):
             return None
-        return Guarantee(unit=str(said["unit"]), epsilon=float(said["epsilon"]), delta=float(said["delta"]))
+        value, delta, unit = float(said["epsilon"]), float(said["delta"]), str(said["unit"])
+        if unit == UNIT and said.get("neighbours") != "replace-one":
+            sigma, releases = float(said["sigma"]), int(said["debits"])
+            value = epsilon(sigma, rounds=releases, delta=delta, sampling="all", neighbours="replace-one")
+        return Guarantee(unit=unit, epsilon=value, delta=delta)
 
     def _said(self) -> Mapping[str, Any]:
         """Return what a training that nobody examined says: that of its debits so far."""
@@ -230,7 +242,7 @@ def _train(task: Prepared, run: Run, rounds: int) -> None:
     experiment, method = task.experiment, task.method
     names = [*task.data, *([POOLED] if method.pools else [])]
     sites = {name: make_site(task, name, run) for name in names}
-    each = (experiment.threads or cores()) if method.pools else threads(experiment, task.federation)
+    each = (experiment.threads or most_threads()) if method.pools else threads(experiment, task.federation)
     torch.set_num_threads(each)
     transport = InProcess(sites, 1 if method.pools else experiment.workers or max(1, cores() // each))
     mark = stamp(experiment, task.federation)
