@@ -101,6 +101,7 @@ def test_controls_verdicts_and_what_a_site_takes_home(
     job = json.loads((out / "job.json").read_text())["job"]
     found = json.loads((out / "verdicts.json").read_text())
     assert set(found["sites"]) == set(SITES)
+    assert json.loads((out / "federation.json").read_text())["name"] == "members"  # the roster's, not the folder's
     assert found["headline"].startswith("Against training alone")
     for site in SITES:
         home = state / site / job / "adapters" / site

@@ -72,6 +72,15 @@ def test_what_is_sent_holds_no_personal_tensor(north: Worker, kits: Path) -> Non
     assert digest(states.to_state(answer, payload)) == answer["digest"]
 
 
+def test_a_request_is_told_with_the_training_it_is_for(north: Worker, kits: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    north.notify = seen.append
+    for part in ("", "local", ""):
+        assert "failure" not in north.answer(job(kits, 'controls=["local"]', part=part), {})[0]
+    told = [(event["method"], event["control"]) for event in seen if event["event"] == "request"]
+    assert told == [("fedopal", False), ("local", True), ("fedopal", False)]
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [

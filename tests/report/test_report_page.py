@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from confrere.errors import MissingExtraError
 from confrere.report import card, render, summarize, summarize_comparison, write_report
+from confrere.report.charts import reliability
 from confrere.report.render import amount, decimal, duration, percent, plain, points, position, size
 
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -73,6 +74,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def page(full: dict[str, Any]) -> str:
     return render(full)
+
+
+@pytest.fixture(scope="module")
+def other(small: dict[str, Any]) -> str:
+    """The page of a method with one adapter, where a temperature made the first site's calibration worse."""
+    first, *rest = small["sites"]
+    worse = first | {"ece_before": first["models"]["personalised"]["metrics"]["ece"]["value"] - 0.05}
+    one, *more = small["verdicts"]["cards"]
+    cards = [one | {"shown": ["Below pooled data."]}, *more]
+    return render(
+        small | {"separation": None, "sites": [worse, *rest], "verdicts": small["verdicts"] | {"cards": cards}}
+    )
 
 
 def test_the_page_is_well_formed_and_accessible(page: str) -> None:
@@ -140,6 +153,50 @@ def test_two_sites_one_round(tmp_path: Path) -> None:
     assert "No test images, so no confusions." in text
 
 
+def test_one_adapter_has_an_averaging_error_and_no_separation(page: str, other: str) -> None:
+    for text, there in ((page, True), (other, False)):
+        assert ("Separation of the general and the personal adapter" in text) == there
+        assert '<h2 id="averaging">Averaging error</h2>' in text
+
+
+def test_a_network_that_is_trained_whole_has_no_adapter(tmp_path: Path) -> None:
+    runs.make_run(tmp_path, sites=["a", "b"], rounds=3)
+    backbone, results = (json.loads((tmp_path / name).read_text()) for name in ("backbone.json", "results.json"))
+    runs.write(tmp_path / "results.json", results | {"title": "One shared adapter (FedIT)"})
+    runs.write(tmp_path / "backbone.json", backbone | {"adapted_layers": []})  # a head alone, on a frozen network
+    assert summarize(tmp_path)["title"] == "One shared adapter (FedIT)"
+    runs.write(tmp_path / "backbone.json", backbone | {"depth": 0, "adapted_layers": []})
+    summary = summarize(tmp_path) | {"separation": None, "aggregation_error": None}
+    text = render(summary)
+    assert "One shared network (FedIT)" in text
+    assert "Network, trained whole" in text
+    for words in (text[text.index("<body") :], card(summary)):
+        assert "adapter" not in re.sub(r"separation of the adapters|<pre>.*?</pre>", "", words, flags=re.S).lower()
+    assert ModelCard(card(summary)).data.library_name is None
+
+
+def test_a_temperature_that_made_calibration_worse_is_said(page: str, other: str) -> None:
+    assert [text.count("made it worse on these test images") for text in (page, other)] == [0, 1]
+
+
+def test_dots_at_the_edge_of_a_reliability_diagram_are_whole() -> None:
+    drawn = reliability(
+        [{"n": 9, "confidence": 0.9, "accuracy": 1.0}, {"n": 9, "confidence": 0.4, "accuracy": 0.0}], "r"
+    )
+    assert drawn.count("<use") == 2
+    assert not re.search(r"<g clip-path=[^>]*>\s*<use", drawn)
+
+
+def test_every_clear_difference_is_on_the_card_of_a_hospital(page: str, other: str) -> None:
+    assert [text.count('<p class="say">Below pooled data.</p>') for text in (page, other)] == [0, 1]
+
+
+def test_every_time_on_the_page_is_named(other: str) -> None:
+    assert "2 min 52 s for rounds and test" in other
+    assert "The 2 min 52 s at the top of the page are the rounds, the test and the export." in other
+    assert "The rounds took 42.6 s" in other
+
+
 def test_comparison_page(tmp_path: Path) -> None:
     runs.make_comparison(tmp_path)
     path = write_report(tmp_path)
@@ -148,6 +205,7 @@ def test_comparison_page(tmp_path: Path) -> None:
     checker.feed(text)
     assert checker.open == []
     assert "confrere compare experiment.toml --seeds 3" in text
+    assert "<h1>4 methods and 2 controls compared</h1>" in text
     assert not (tmp_path / "card.md").exists()
     assert json.loads((tmp_path / "report.json").read_text()) == summarize_comparison(tmp_path)
 

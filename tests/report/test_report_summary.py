@@ -14,7 +14,7 @@ import report_runs as runs
 from confrere.errors import RunError
 from confrere.metrics.classification import evaluate
 from confrere.metrics.paired import paired_gain
-from confrere.report import summarize, summarize_comparison
+from confrere.report import card, summarize, summarize_comparison
 from confrere.report.sheet import arrange
 from confrere.report.summarize import DRAWN, _drawn, gain_limit, model_scores, outcome
 
@@ -64,6 +64,34 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     assert summary["across"][0]["worst"] == written["summary"]["personalised"]["worst"]
     local = [s["models"]["local"]["metrics"]["balanced_accuracy"]["value"] for s in summary["sites"]]
     assert summary["across"][2]["mean"] == pytest.approx(sum(local) / 4)
+
+
+def test_a_model_that_is_the_same_for_all_is_shown_once(tmp_path: Path) -> None:
+    runs.make_run(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    first, *others = written["sites"].values()
+    for site in others:
+        site["models"]["general"] = site["models"]["personalised"]
+    for last, expected in ((None, ["personalised", "general"]), ("personalised", ["general"])):
+        first["models"]["general"] = first["models"][last] if last else first["models"]["general"]
+        runs.write(tmp_path / "results.json", written)
+        summary = summarize(tmp_path)
+        assert [model["key"] for model in summary["models"]] == [*expected, "local", "pooled"]
+        assert {site["main"] for site in summary["sites"]} == {expected[0]}
+    assert summary["sites"][0]["models"]["general"]["n"] == first["models"]["personalised"]["n"]
+
+
+def test_a_clear_difference_from_pooled_data_is_said_beside_an_unclear_one_from_training_alone(tmp_path: Path) -> None:
+    runs.make_run(tmp_path)
+    given = json.loads((tmp_path / "verdicts.json").read_text())
+    pooled = given["sites"]["vidir_modern"]["pooled"]
+    pooled |= {"gain": -0.253, "low": -0.424, "high": -0.086, "sentence": "At vidir_modern, it lowered the score."}
+    runs.write(tmp_path / "verdicts.json", given)
+    summary = summarize(tmp_path)
+    cards = {one["site"]: one for one in summary["verdicts"]["cards"]}
+    assert cards["vidir_modern"]["outcome"] == "unclear"
+    assert {site: one["shown"] for site, one in cards.items() if one["shown"]} == {"vidir_modern": [pooled["sentence"]]}
+    assert card(summary).count(pooled["sentence"]) == 1
 
 
 def test_only_results_and_federation_are_required(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import watch_runs as runs
 from typer.testing import CliRunner, Result
 
 from confrere.errors import ConfrereError, MissingExtraError
+from confrere.record.run import Run
 from confrere.watch.commands import add_to
 from confrere.watch.serve import VARIABLE, Served
 
@@ -88,6 +89,33 @@ def test_the_exit_status_says_whether_someone_must_look(
         assert isinstance(found.exception, ConfrereError)
         assert found.exception.code == code
         assert found.exception.exit_code == 5
+
+
+@pytest.mark.parametrize(("across", "again"), [(False, "resume"), (True, "coordinator KIT --out")])
+def test_a_run_that_no_process_holds_has_stopped_and_says_how_to_go_on(
+    tmp_path: Path, across: bool, again: str
+) -> None:
+    run = runs.begin(tmp_path, rounds=1, controls=("local",))
+    runs.one_round(run, 1)
+    if across:
+        (run / "job.json").write_text("{}")
+        runs.status(run, updated=time.time())
+    with Run(run).lock():
+        Run(run).append({"event": "end", "round": 1, "files": {}})
+        runs.one_round(run / "controls" / "local", 1)
+        found = call("status", run)
+        assert "training controls" in found.output
+        assert "stopped" not in found.output
+    found = call("status", run)
+    assert f"fedopal: stopped, 1 of 1 rounds; continue with: confrere {again} {run}" in found.output
+    assert "online" not in found.output
+    assert isinstance(found.exception, ConfrereError)
+    assert (found.exception.code, found.exception.exit_code) == ("run-stalled", 5)
+    Run(run / "controls" / "local").append({"event": "end", "round": 1, "files": {}})
+    if across:
+        runs.status(run, "done", updated=time.time())
+    found = call("status", run)
+    assert (found.exit_code, "online" in found.output) == (0, False)
 
 
 def test_how_long_a_silence_is_a_stall_can_be_said(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,8 +78,8 @@ def describe(sites: Sites, names: Collection[str], job: Header, status: Status) 
     return found
 
 
-def gathered(experiment: Experiment, described: Mapping[str, Header], out: Path) -> Federation:
-    """Return the federation as the coordinator sees it: names, numbers and digests, no image.
+def gathered(experiment: Experiment, described: Mapping[str, Header], consortium: str) -> Federation:
+    """Return the federation, named as its roster, as the coordinator sees it: names, numbers, digests, no image.
 
     Raises:
         RunError: a site has another version, classes, image size or kind of data than the coordinator expects.
@@ -104,7 +103,7 @@ def gathered(experiment: Experiment, described: Mapping[str, Header], out: Path)
     height, width = first["image_size"]
     told_digests = [[name, told["data"]] for name, told in sorted(described.items())]
     return Federation(
-        name=out.name,
+        name=consortium,
         classes=experiment.data.classes,
         strata=tuple(sorted({name for told in described.values() for name in told["strata"]})),
         sites=tuple(_unseen(name) for name in sorted(described)),

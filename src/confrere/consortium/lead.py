@@ -86,7 +86,7 @@ class Lead:
             job = {"protocol": PROTOCOL, "job": _job(self.out), "part": "", "experiment": as_sent(experiment)}
             self.status.phase("waiting")
             described = describe(self.sites, list(self.roster), job, self.status)
-            federation = gathered(experiment, described, self.out)
+            federation = gathered(experiment, described, self.status.consortium)
             torch.set_num_threads(experiment.threads or most_threads())
             begin(self.out, experiment, federation, accept_drift=False)
             self.notify({"event": "data", "sheet": federation.sheet})

@@ -14,10 +14,11 @@ EVERY = 5.0
 
 
 class Status:
-    """Written atomically on every change."""
+    """Written atomically on every change; ``consortium`` is the name in the roster."""
 
     def __init__(self, path: Path, consortium: str, sites: Collection[str]) -> None:
         now, self._path, self._written = time.time(), path, 0.0
+        self.consortium = consortium
         new: dict[str, Any] = {"online": False, "seen": None, "waiting": False, "refused": ""}
         self.values: dict[str, Any] = {
             "format": 1,

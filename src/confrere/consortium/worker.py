@@ -97,6 +97,8 @@ class Worker:
         try:
             with self._lock:
                 found = self._answer(header, arrays)
+                if self._open is not None:
+                    event |= {"method": self._open.task.method.name, "control": bool(header.get("part"))}
             self.notify(event)
             return found
         except TOLD as error:

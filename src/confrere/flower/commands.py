@@ -28,11 +28,14 @@ def coordinator(
     _check_extra()
     from confrere.consortium.kit import load
     from confrere.flower.lead import lead
+    from confrere.progress import progress
 
     how: dict[str, Any] = {"host": host, "deadline": deadline, "patience": patience, "watch": watch, "log": log}
     known = load(kit, "coordinator")
     try:
-        headline = lead(known, out, config, overrides or [], notify=_teller(None, quiet=quiet), **how)
+        with progress(quiet=quiet) as show:
+            told = _teller(None, quiet=quiet)
+            headline = lead(known, out, config, overrides or [], notify=told, show=show, **how)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; continue with: confrere coordinator {kit} --out {out}", err=True)
         raise typer.Exit(130) from None
@@ -80,9 +83,10 @@ def _teller(log: Path | None, *, quiet: bool) -> Any:
         if written:
             written(event)
         parts = [str(event[key]) for key in ("kind", "site", "code", "reason", "fix", "address") if event.get(key)]
+        training = f"{'control' if event.get('control') else 'method'} {event['method']}" if event.get("method") else ""
         number = f"round {event['round']}" if event.get("round") else ""
         if not quiet and event["event"] != "prefix":
-            typer.echo(printable("  ".join(filter(None, [f"{event['event']:<12}", *parts, number]))))
+            typer.echo(printable("  ".join(filter(None, [f"{event['event']:<12}", *parts, training, number]))))
 
     return tell
 

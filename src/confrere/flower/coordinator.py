@@ -23,7 +23,7 @@ from confrere.config import Experiment
 from confrere.consortium.authority import certificate_pem, new_authority, new_server, now
 from confrere.consortium.keys import node_pem
 from confrere.consortium.kit import Kit
-from confrere.errors import RunError
+from confrere.errors import RunError, printable
 from confrere.flower.front import Front, serve
 from confrere.flower.processes import environment, flwr, free_port, lost, start, stop
 from confrere.record.files import read_json, write_bytes, write_files, write_json
@@ -69,12 +69,14 @@ class Coordinator:
         host: where hospitals reach the front.
         log_file: the run's structured log, see :mod:`confrere.watch.log`.
         notify: called with what happens beside the run.
+        show: called with every event of the run.
     """
 
     kit: Kit
     host: str = "0.0.0.0"
     log_file: Path | None = None
     notify: Notify = lambda event: None
+    show: Notify = lambda event: None
     _link: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -173,18 +175,20 @@ class Coordinator:
             "nodes": self.nodes,
             "identities": {site: identity.hex() for site, identity in self.kit.identities.items()},
             "log": str(self.log_file.resolve()) if self.log_file else "",
+            "events": str((self.home / "events.jsonl").resolve()),
             "experiment": str((self.home / "experiment.toml").resolve()),
             "deadline": deadline,
             "patience": patience,
         }
         write_json(self.home / "settings.json", settings)
+        write_bytes(self.home / "events.jsonl", b"")
         write_bytes(self.home / "app" / "pyproject.toml", APP.format(version=self.kit.confrere).encode())
         chosen = "settings=" + json.dumps(str((self.home / "settings.json").resolve()))
         flwr(["run", str(self.home / "app"), "here", "--run-config", chosen], self.env)
         return self._follow(out, token, begun)
 
     def _follow(self, out: Path, token: str, begun: Callable[[], None]) -> dict[str, Any]:
-        until, started = time.monotonic() + STARTED, False
+        until, started, shown = time.monotonic() + STARTED, False, 0
         while True:
             time.sleep(POLL)
             if self._link is None or self._link.poll() is not None:
@@ -197,6 +201,7 @@ class Coordinator:
             if not started:
                 begun()
                 started = True
+            shown = told(self.home / "events.jsonl", shown, self.show)
             if status["phase"] == "done":
                 return dict(read_json(out / "verdicts.json")) if (out / "verdicts.json").exists() else {}
             if status["phase"] == "failed":
@@ -207,6 +212,21 @@ class Coordinator:
                     continue
                 fix = "run the same command again: it goes on where it was"
                 raise RunError("the process of the run was killed", where=str(out), fix=fix, code="flower")
+
+
+def told(file: Path, seen: int, show: Notify) -> int:
+    """Show the events that stand in a file behind its first ``seen`` bytes, a line each; return how far it was read."""
+    with file.open("rb") as read:
+        read.seek(seen)
+        new = read.read()
+    whole = new[: new.rfind(b"\n") + 1]  # the last line may be half written
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):  # torn by a full disk
+            event = json.loads(line)
+            if "reason" in event:  # a site may have sent it
+                event["reason"] = printable(str(event["reason"]))
+            show(event)
+    return seen + len(whole)
 
 
 def _as_sent(node: str) -> str:

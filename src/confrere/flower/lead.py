@@ -27,20 +27,25 @@ def lead(
     watch: int,
     log: Path | None,
     notify: Notify,
+    show: Notify,
 ) -> str:
-    """Run an experiment across the sites of a kit into ``out``, or go on with the one there; return the headline."""
+    """Run an experiment across the sites of a kit into ``out``, or go on with the one there; return the headline.
+
+    ``notify`` is called with what happens beside the run, ``show`` with the events of the run itself.
+    """
     experiment, said = chosen(kit, out, config, overrides)
     for line in said:
         notify({"event": "note", "reason": line})
 
     def begun() -> None:
-        """Serve the live page once there is a run to look at."""
+        """Say where to look, and serve the live page, once there is a run to look at."""
+        notify({"event": "waiting", "reason": f"for the sites; follow with: confrere status {out}"})
         if watch:
             from confrere.watch.serve import start
 
             notify({"event": "watch", "reason": start(out, port=watch).address})
 
-    with Coordinator(kit=kit, host=host, log_file=log, notify=notify) as processes:
+    with Coordinator(kit=kit, host=host, log_file=log, notify=notify, show=show) as processes:
         verdicts = processes.conduct(experiment, out, begun, deadline=deadline, patience=patience)
     notify({"event": "report", "reason": str(write_report(out))})
     return str(verdicts.get("headline", ""))

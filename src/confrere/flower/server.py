@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,9 @@ def main(grid: Grid, context: Context) -> None:
     status.phase("waiting", process=os.getpid(), run=settings["run"])
     sites = GridSites(grid, nodes, status, deadline=settings["deadline"], patience=settings["patience"])
     roster = {site: bytes.fromhex(identity) for site, identity in settings["identities"].items()}
-    notify = Log(Path(settings["log"])) if settings["log"] else _silent
+    tell = teller(Path(settings["events"]), Path(settings["log"]) if settings["log"] else None)
     try:
-        lead = Lead(out=out, roster=roster, sites=sites, status=status, notify=notify)
+        lead = Lead(out=out, roster=roster, sites=sites, status=status, notify=tell)
         lead.conduct(validate(read(Path(settings["experiment"]))))
     except ConfrereError as error:
         failure: dict[str, Any] = {"what": error.what, "where": error.where, "fix": error.fix, "code": error.code}
@@ -46,5 +49,18 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _silent(event: dict[str, Any]) -> None:
-    """Say nothing: the journal and status.json are what the coordinator reads."""
+def teller(events: Path, log: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Return what writes every event of the run to ``events``, which the coordinator shows, and into the log.
+
+    The data sheet is left out: it is in federation.json, as the sites sent it.
+    """
+    structured = Log(log) if log else None
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] != "data":
+            with contextlib.suppress(OSError), events.open("a", encoding="utf-8") as file:  # a full disk: not our end
+                file.write(json.dumps(event) + "\n")
+        if structured:
+            structured(event)
+
+    return tell

@@ -86,19 +86,31 @@ def _keep_connected(kit: Kit, state: Path, path: Path, retry: float, notify: Not
     """Start the SuperNode, and start it again when it ends, as long as that may help."""
     env = environment(state / "flower", **{frame.SOCKET: str(path)})
     log, until, pause = state / "flower" / "supernode.log", time.monotonic() + retry, 1.0
+    away, ended = "", False  # the code of why the coordinator cannot be reached, said once; whether it was there
     while True:
         begun = time.monotonic()
         try:
             probe(kit.address, kit.port, kit.folder / "ca.crt")
+            away, ended = "", True
             _one_connection(kit, env, log, notify)
         except NetworkError as error:
             if time.monotonic() - begun > 60.0:  # it was connected: the coordinator is away, for now
                 until, pause = time.monotonic() + retry, 1.0
             if time.monotonic() > until:
                 raise
-            notify({"event": "disconnected", "code": error.code, "reason": error.reason})
+            if error.code != away:
+                notify(_apart(error, ended=ended))
+            away = error.code
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
+
+
+def _apart(error: NetworkError, *, ended: bool) -> dict[str, Any]:
+    """Return the event of being apart from the coordinator; that none runs is the usual state between two runs."""
+    if error.code != "net-refused":
+        return {"event": "disconnected", "code": error.code, "reason": error.reason}
+    words = "the coordinator has ended; waiting for the next run"
+    return {"event": "waiting", "reason": words if ended else f"{error.reason}; waiting for the coordinator"}
 
 
 def _one_connection(kit: Kit, env: dict[str, str], log: Path, notify: Notify) -> None:
@@ -117,7 +129,10 @@ def _one_connection(kit: Kit, env: dict[str, str], log: Path, notify: Notify) ->
     finally:
         stop(process)
     said = log.read_bytes()[before:].decode("utf-8", "replace")
-    raise refusal(said, kit.site) or lost("flower-supernode", log)
+    refused = refusal(said, kit.site)
+    if refused is None:  # it ends when the coordinator has: then that is the reason
+        probe(kit.address, kit.port, kit.folder / "ca.crt")
+    raise refused or lost("flower-supernode", log)
 
 
 def refusal(said: str, site: str) -> NetworkError | None:

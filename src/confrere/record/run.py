@@ -41,7 +41,7 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the directory for this process and sweep torn writes; RunError names the process that holds it."""
-        holder, lock = self.path / ".lock-holder", FileLock(self.path / ".lock", timeout=0)
+        holder, lock = self.path / ".lock-holder", FileLock(self.path / ".lock", timeout=0.2)  # :meth:`held` may look
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock.acquire()
@@ -63,6 +63,19 @@ class Run:
             yield
         finally:
             lock.release()
+
+    def held(self) -> bool | None:
+        """Return whether a process holds the directory; None where none ever did, or where it cannot be seen."""
+        try:
+            import fcntl
+
+            with (self.path / ".lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once: the file is closed
+        except BlockingIOError:
+            return True
+        except (ImportError, OSError):
+            return None
+        return False
 
     def make_new(self) -> None:
         """Make sure that a new run can begin here; what a start that failed before training left is removed.

@@ -35,13 +35,12 @@ def _front_matter(summary: Json) -> str:
     from huggingface_hub import ModelCardData
 
     federation = summary["federation"]
-    tags = ["confrere", "federated-learning", "lora", "medical-imaging"] + ["synthetic-data"] * bool(
-        federation["synthetic"]
-    )
+    tags = ["confrere", "federated-learning", *["lora"] * (not summary["whole"]), "medical-imaging"]
+    tags += ["synthetic-data"] * bool(federation["synthetic"])
     data = ModelCardData(
         language="en",
         license=_licence(summary),
-        library_name="peft",
+        library_name=None if summary["whole"] else "peft",
         pipeline_tag=f"image-{summary['task']['name']}",
         base_model=_base_model(summary),
         tags=tags,

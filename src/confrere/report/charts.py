@@ -49,7 +49,7 @@ def learning(lines: Mapping[str, Points], site: str, chosen: float | None, name:
         axes.axvline(chosen, color=_INK["muted"], linewidth=0.8, dashes=(2, 2))
     _line(axes, lines[site], "accent", 1.8)
     mark = [point for point in lines[site] if point[0] == chosen]
-    axes.plot(*_columns(mark), "o", color=_INK["accent"], markersize=5, markeredgewidth=0)
+    axes.plot(*_columns(mark), "o", color=_INK["accent"], markersize=5, markeredgewidth=0, clip_on=False)
     _round_axis(axes, [point[0] for points in lines.values() for point in points], chosen)
     return _svg(figure, name)
 
@@ -71,6 +71,7 @@ def reliability(bins: Sequence[Json], name: str) -> str:
             color=_INK["accent"],
             markersize=size,
             markeredgewidth=0,
+            clip_on=False,  # at 0 and 100 per cent, too, the area of a dot is read
         )
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)

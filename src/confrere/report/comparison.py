@@ -40,7 +40,7 @@ def summarize_comparison(directory: Path) -> Json:
     return {
         "kind": "comparison",
         "format": 2,
-        "title": f"{len(methods)} methods compared",
+        "title": _title([method["name"] for method in methods]),
         "task": task,
         "federation": {key: federation.get(key) for key in ("name", "synthetic", "classes", "digest")},
         "data": [
@@ -63,6 +63,13 @@ def summarize_comparison(directory: Path) -> Json:
         "tuning": _tuning(as_dict(given.get("tuning")), list(titles)),
         **{key: given.get(key) for key in keys},
     }
+
+
+def _title(names: Sequence[str]) -> str:
+    """Return how many methods and how many controls are compared; a control with another setting is one, too."""
+    controls = sum(name.split(":")[0] in CONTROLS for name in names)
+    counts = [(len(names) - controls, "method"), (controls, "control")]
+    return " and ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts if count) + " compared"
 
 
 def _without_path(experiment: Any) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from confrere.metrics import across_sites
 from confrere.report import progress
 from confrere.report.audits import audits_of
+from confrere.report.omitted import omitted
 from confrere.report.reading import (
     Json,
     as_dict,
@@ -21,7 +22,7 @@ from confrere.report.reading import (
     read_text,
 )
 from confrere.report.sheet import arrange
-from confrere.report.task import METRICS, task_of
+from confrere.report.task import METRICS, of_whole, task_of
 
 MODEL_TITLES = {
     "personalised": "Personalised",
@@ -48,20 +49,23 @@ def summarize(run: Path) -> Json:
     classes = [str(name) for name in need(federation, "classes", "federation.json")]
     strata = [str(name) for name in as_list(federation.get("strata"))] or classes
     task = task_of(results, "results.json")
-    controls = _controls(run)
+    controls, backbone = _controls(run), read_optional(run, "backbone.json")
     sites = _sites(results, controls, classes, [measure["key"] for measure in task["measures"]])
+    _leave_out_copies(sites)
+    whole = backbone is not None and (backbone.get("depth"), backbone.get("adapted_layers")) == (0, [])
     models = [key for key in _model_order(controls) if any(key in site["models"] for site in sites)]
     verdicts = _verdicts(read_optional(run, "verdicts.json"), sites)
     summary: Json = {
         "kind": "run",
         "format": 1,
-        "title": str(results.get("title") or need(results, "method", "results.json")),
+        "title": of_whole(str(results.get("title") or need(results, "method", "results.json")), whole),
         "method": need(results, "method", "results.json"),
-        "method_info": as_dict(results.get("method_info")),
+        "method_info": _method_info(as_dict(results.get("method_info")), whole),
+        "whole": whole,
         "task": task,
         **{key: results.get(key) for key in ("seed", "round", "rounds", "seconds", "held_out")},
         "federation": _federation(federation, sites),
-        "backbone": read_optional(run, "backbone.json"),
+        "backbone": backbone,
         "verdicts": verdicts,
         "models": [{"key": key, "title": title_of(key)} for key in models],
         "sites": sites,
@@ -77,7 +81,7 @@ def summarize(run: Path) -> Json:
         "privacy": as_dict(results.get("privacy")),
         "audits": audits_of(run),
     }
-    summary["omitted"] = _omitted(summary)
+    summary["omitted"] = omitted(summary)
     return summary
 
 
@@ -155,6 +159,20 @@ def _sites(results: Json, controls: dict[str, Json], classes: list[str], keys: S
             }
         )
     return sites
+
+
+def _leave_out_copies(sites: list[Json]) -> None:
+    """Leave the personalised model out where it is the general one at every site: then there is one model, not two."""
+    both = [(site["models"].get("personalised"), site["models"].get("general")) for site in sites]
+    if any(own for own, _ in both) and all(own is None or own == shared for own, shared in both):
+        for site in sites:
+            site["models"].pop("personalised", None)
+            site["main"] = next(iter(site["models"]), None)
+
+
+def _method_info(given: Json, whole: bool) -> Json:
+    """Return what the run says of its method, with the names of what is sent and kept as :func:`of_whole` has them."""
+    return given | {key: [of_whole(str(x), whole) for x in as_list(given.get(key))] for key in ("sends", "keeps")}
 
 
 def model_scores(scores: Json, classes: list[str], keys: Sequence[str] = METRICS) -> Json:
@@ -247,38 +265,15 @@ def _card(site: Json, judged: Json) -> Json:
         "held_out": site["held_out"],
         "outcome": main.get("outcome", "undefined"),
         "sentence": main.get("sentence"),
+        "shown": [
+            gain["sentence"]
+            for gain in gains
+            if gain is not main and gain["outcome"] in ("helped", "lowered") and gain["sentence"]
+        ],
         "gains": gains,
         "n": scores.get("n"),
         "patients": scores.get("patients"),
     }
-
-
-def _omitted(summary: Json) -> list[Json]:
-    """Say in one line each which sections have no data, and why."""
-    classes = summary["task"]["name"] == "classification"
-    bins = any(site["reliability"] for site in summary["sites"])
-    checks = [
-        (summary["verdicts"], "Verdicts", "the run trained no controls to compare with"),
-        (summary["curves"], "Learning curves", "the run recorded no validation scores"),
-        (bins or not classes, "Calibration", "the run recorded no reliability bins"),
-        (summary["confusions"] or not classes, "Confusion matrices", "the run recorded none"),
-        (
-            any(site["survival"] for site in summary["sites"]) or summary["task"]["name"] != "survival",
-            "Survival curves",
-            "no hospital has ten test patients or more",
-        ),
-        (summary["similarity"], "Similarity of the sites", "the run recorded no similarity of updates"),
-        (
-            summary["separation"],
-            "Separation of the adapters",
-            "the method has no two adapters to compare, or recorded nothing about them",
-        ),
-        (summary["traffic"], "Traffic and time", "the run recorded no rounds"),
-        (summary["sheet"], "Data sheet", "the run carries none"),
-        (summary["experiment"], "Experiment", "experiment.toml is not in the run directory"),
-        (summary["audits"], "What attacks learn of patients", "the run was not audited; see `confrere audit`"),
-    ]
-    return [{"section": section, "why": why} for data, section, why in checks if not data]
 
 
 def _without_path(experiment: str | None) -> str | None:

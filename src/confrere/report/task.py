@@ -92,6 +92,11 @@ _WORDS = {
 """Short name, unit (none: a number with two decimals) and meaning of the measures that need no guess."""
 
 
+def of_whole(words: str, whole: bool) -> str:
+    """Return words about a method as they hold where it trains a ``whole`` network and there is no adapter."""
+    return words.replace("adapter", "network") if whole else words
+
+
 def task_of(given: Json, where: str) -> Json:
     """Return the task of results.json or comparison.json as a page shows it; classification where none is named.
 

@@ -24,7 +24,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
     stalled_after: StalledAfter = 900,
 ) -> None:
-    """Say what a run is doing, by site; the exit status is 0 unless it failed or stalled."""
+    """Say what a run is doing, by site; the exit status is 0 unless it failed, stopped or stalled."""
     from rich.console import Console
     from rich.text import Text
 
@@ -41,6 +41,9 @@ def status(
     if state.phase == "failed":
         what = f"the run failed: {state.error or 'no reason is known'}"
         raise RunError(what, where=str(run), fix="mend it; the same command continues the run", code="run-failed")
+    if state.again:
+        what, fix = "the run stopped before it was done", f"continue with: {state.again}"
+        raise RunError(what, where=str(run), fix=fix, code="run-stalled")
     if state.stalled(now, stalled_after):
         what = f"the run stalled in phase {state.phase}"
         fix = "is its process there, and are its sites? the command that began it continues it"

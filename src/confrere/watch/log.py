@@ -25,7 +25,7 @@ from confrere.errors import RunError
 
 Kind = Literal[
     "method", "round", "update", "score", "failure", "fallback", "stop", "examine",
-    "registered", "connecting", "disconnected", "refused", "request", "log-lost",
+    "registered", "connecting", "waiting", "disconnected", "refused", "request", "log-lost",
 ]  # fmt: skip
 """All that a line can tell: of training; of sites and the line to them; of the log itself."""
 _WARNINGS = ("failure", "fallback", "disconnected", "refused")
@@ -129,6 +129,7 @@ def entries(event: Mapping[str, Any]) -> Iterator[Entry]:
             level="warning" if kind in _WARNINGS else "info",
             event=kind,
             site=_name(event["site"]) if event.get("site") else None,
+            method=_name(event["method"]) if event.get("method") else None,
             code=_code(event["code"]) if event.get("code") else None,
             kind=_code(event["kind"]) if event.get("kind") else None,
             address=address if _is_address(address) else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from confrere.errors import RunError
 from confrere.federation.participation import Identifiability, cohorts_of, identifiability, matrix_of
 from confrere.record.files import read_json
 from confrere.record.journal import Event, last_round
+from confrere.record.run import Run
 from confrere.report.reading import as_dict, as_list, number
 from confrere.watch.follow import Follower, text
 from confrere.watch.state import ENDED, PHASES, Control, Failure, Score, SiteState, State
@@ -23,7 +24,7 @@ from confrere.watch.state import ENDED, PHASES, Control, Failure, Score, SiteSta
 class Watcher:
     """A run directory under watch; threads may share one.
 
-    Nothing is written or locked there. A run that has not begun to train, a journal whose last line is half written
+    Nothing is written there. A run that has not begun to train, a journal whose last line is half written
     and a missing ``status.json`` are normal.
     """
 
@@ -43,6 +44,7 @@ class Watcher:
             return self._state()
 
     def _state(self) -> State:
+        held = Run(self._run).held()  # first: a run that ends meanwhile has all its events written
         experiment, status = _experiment(self._run), _status(self._run)
         events = self._events("")
         if experiment is None and status is None and not events:
@@ -54,20 +56,25 @@ class Watcher:
         experiment, said = experiment or {}, status or {}
         controls = tuple(map(self._control, _controls(experiment)))
         rounds = int(number(experiment.get("rounds")) or number(said.get("rounds")) or 0)
+        phase = _phase(said.get("phase"), events, controls, rounds)
+        if phase not in ENDED and held is False:
+            phase = "stopped"
+        statuses = None if status is None else as_dict(status.get("sites"))
         return State(
             name=text(said.get("consortium")),
             method=text(as_dict(experiment.get("method")).get("name") or said.get("method")),
-            phase=_phase(said.get("phase"), events, controls, rounds),
+            phase=phase,
             round=last_round(events),
             rounds=rounds,
             updated=max(number(said.get("updated")) or 0.0, *map(_touched, self._files(controls))),
-            sites=_sites(told.sites, None if status is None else as_dict(status.get("sites"))),
+            sites=_sites(told.sites, statuses, ended=phase in ENDED),
             failures=told.failures,
             scores=told.scores,
             seconds=told.seconds,
             participation=told.participation,
             controls=controls,
             error=text(said.get("error")),
+            again=_again(self._run) if phase == "stopped" else "",
         )
 
     def _events(self, part: str) -> list[Event]:
@@ -114,6 +121,11 @@ def _controls(experiment: dict[str, Any]) -> list[str]:
 
 def _ended(events: Sequence[Event]) -> bool:
     return any(e["event"] == "end" for e in events)
+
+
+def _again(run: Path) -> str:
+    across = (run / "job.json").exists()
+    return f"confrere coordinator KIT --out {run}" if across else f"confrere resume {run}"
 
 
 def _phase(said: str | None, events: Sequence[Event], controls: Sequence[Control], rounds: int) -> str:
@@ -193,11 +205,14 @@ def _participation(events: Sequence[Event], sites: Sequence[str]) -> Identifiabi
     return identifiability(matrix_of([cohort for _, cohort in cohorts_of(events)], sites), sites)
 
 
-def _sites(told: Mapping[str, _Known], said: Mapping[str, Any] | None) -> tuple[SiteState, ...]:
-    """Return the sites that the journal or the coordinator's status knows, sorted."""
+def _sites(told: Mapping[str, _Known], said: Mapping[str, Any] | None, *, ended: bool) -> tuple[SiteState, ...]:
+    """Return the sites that the journal or the coordinator's status knows, sorted; in an ended run none is online."""
     statuses = {text(name): as_dict(one) for name, one in (said or {}).items()}
     names = sorted({*told, *statuses})
-    return tuple(_site(name, told.get(name, _Known()), statuses.get(name), alone=said is None) for name in names)
+    found = (_site(name, told.get(name, _Known()), statuses.get(name), alone=said is None) for name in names)
+    if not ended:
+        return tuple(found)
+    return tuple(replace(site, online=None if site.online else site.online, waiting=False) for site in found)
 
 
 def _site(name: str, known: _Known, status: Mapping[str, Any] | None, *, alone: bool) -> SiteState:

@@ -8,9 +8,10 @@ from typing import Any
 
 from confrere.federation.participation import Identifiability
 
-PHASES = ("waiting", "describe", "train", "evaluate", "examine", "controls", "done", "failed")
-"""``waiting`` for sites or data, ``describe`` of the sites, rounds, the test at the end, controls, and two ends."""
-ENDED = ("done", "failed")
+PHASES = ("waiting", "describe", "train", "evaluate", "examine", "controls", "stopped", "done", "failed")
+"""``waiting`` for sites or data, ``describe`` of the sites, rounds, the test at the end, controls, and three ends:
+``stopped`` is a run that is not done and that no process holds."""
+ENDED = ("stopped", "done", "failed")
 STALLED = 900.0
 """Seconds without any sign of life after which an unfinished run counts as stalled."""
 _LAST = 5  # rounds whose mean is the guess for the next ones
@@ -21,7 +22,8 @@ _SHOWN = 400  # points of a curve, and lines of a list, that a page gets
 class SiteState:
     """What is known of one site.
 
-    ``online`` is None where nobody says so: in one process there is no line that could be down. ``waiting``: it was
+    ``online`` is None where nobody says so: in one process there is no line that could be down, and where the
+    coordinator has ended none is up. ``waiting``: it was
     asked and has not answered. ``refused``: the code with which the coordinator turns it away now. ``refusals``: how
     many of its answers failed or were refused, by code. ``score`` is on validation images, by the
     task of the run, in [0, 1]. Bytes as the site sees them, of tensors in training requests and replies.
@@ -74,6 +76,7 @@ class State:
     ``round`` is the last one that is committed. ``seconds``: per round, in order. ``updated``: Unix time of the last
     sign of life. ``eta``: seconds left of training, guessed from the last rounds; None before the first one.
     ``participation``: what sums of the rounds so far tell of single sites. ``error``: what the coordinator ended with.
+    ``again``: the command that continues a stopped run, empty for others.
     """
 
     name: str
@@ -89,6 +92,7 @@ class State:
     controls: tuple[Control, ...]
     participation: Identifiability | None = None
     error: str = ""
+    again: str = ""
 
     @property
     def bytes(self) -> int:
@@ -132,6 +136,8 @@ class State:
                 self.phase, self.phase
             )
         parts = [f"{self.method or 'run'}: {doing}, {self.round} of {self.rounds} rounds"]
+        if self.again:
+            parts.append(f"continue with: {self.again}")
         if self.eta is not None:
             parts.append(f"about {duration(self.eta)} of training left")
         known = [site for site in self.sites if site.online is not None]

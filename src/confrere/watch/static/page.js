@@ -5,7 +5,7 @@ const EVERY = 2000, PATIENCE = 10000; // milliseconds
 const PHASES = {
   waiting: "Waiting for sites or data", describe: "Sites describe their data", train: "Training",
   evaluate: "Evaluating", examine: "Testing the chosen round", controls: "Training the controls",
-  done: "Done", failed: "Failed",
+  stopped: "Stopped", done: "Done", failed: "Failed",
 };
 const LABELS = ["", "State", "Score, %", "Loss", "Sent", "Received", "Refused or failed"];
 const NONE = "\u2013";
@@ -44,6 +44,7 @@ const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 function phase(state) {
   if (state.stalled) return [`Stalled: no sign of life for ${duration(state.now - state.updated)}`, "bad"];
+  if (state.again) return [`Stopped; continue with: ${state.again}`, "bad"];
   if (state.phase === "failed") return [`Failed${state.error ? `: ${state.error}` : ""}`, "bad"];
   return [PHASES[state.phase], state.phase === "done" ? "good" : ""];
 }
