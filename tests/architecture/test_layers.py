@@ -17,9 +17,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROWS = [
     {"tensors", "seeds", "errors", "choices", "intake"},
     {"adapters", "objectives", "optimiser", "metrics", "data", "fusion", "pictures", "survival", "privacy"},
+    {"networks"},  # what networks that are trained whole have in common
+    {"pretext"},
     {"tasks"},  # heads, losses and metrics of each kind of answer
     {"backbones"},  # carries adapters
-    {"pretext"},
     {"tokenset"},
     {"learner"},
     {"noisy"},

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load, save
 from torch.func import functional_call
 
-from confrere.backbones.volumetric import Size, build, capture, initialise, output_name
+from confrere.backbones.volumetric import Size, build
 from confrere.errors import BackboneError, ConfigError, MissingExtraError
+from confrere.networks import capture, initialise, output_name
 from confrere.seeds import torch_generator
 
 SMALL: Size = (16, 16, 32)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  as in PyTorch's own documentation
 from torch.nn.utils import skip_init
 
-from confrere.backbones.volumetric import capture, initialise, output_name
 from confrere.errors import BackboneError, ConfigError
+from confrere.networks import capture, initialise, output_name
 
 _HEADS = "order_heads."
 
