@@ -16,9 +16,12 @@ def pretrain(
     path: Annotated[Path, typer.Argument(help="folder of sites, CSV or federation.toml; labels are not read")],
     out: Annotated[Path, typer.Option(help="run directory, new or empty")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value", show_default=False)] = None,
-    task: Annotated[str | None, typer.Option(help="reconstruction (MAE, the default) or contrast (MoCo v3)")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="reconstruction (MAE, the default), contrast (MoCo v3); lwi of volumes")
+    ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="vit-nano, vit-tiny (the default), vit-small or vit-base")
+        str | None,
+        typer.Option(help="vit-nano, vit-tiny (the default), vit-small, vit-base; of volumes unetr, unet, swinunetr"),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="fedit (FedAvg, the default), fedavgm, fedadagrad, fedadam, fedyogi, fedprox")
@@ -28,7 +31,7 @@ def pretrain(
     config: Annotated[Path | None, typer.Option(help="TOML file of an experiment")] = None,
     quiet: Annotated[bool, typer.Option(help="print nothing but errors")] = False,
 ) -> None:
-    """Train a vision transformer of the sites' own on images without labels; what comes out is a backbone for `run`."""
+    """Train a network of the sites' own on images or volumes without labels; what comes out is a backbone for `run`."""
     from confrere.arguments import named
     from confrere.pretrain import GENERAL, pretraining
 

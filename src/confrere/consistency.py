@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from confrere.backbones.registry import REGISTRY, WHOLE
+from confrere.backbones.volume_folder import reads_volumes
 from confrere.errors import ConfigError
 from confrere.federation.secure.settings import check_alone, check_method
 from confrere.method import METHODS, Method, make
@@ -70,7 +71,7 @@ def _check_task(experiment: Experiment) -> None:
         fix = 'use "sampling" or "none"'
         raise ConfigError(f"{task.name} has no class weights", where="train.balance", fix=fix, code="task")
     name = experiment.backbone.name
-    whole = name in REGISTRY and REGISTRY[name].kind in WHOLE
+    whole = (name in REGISTRY and REGISTRY[name].kind in WHOLE) or reads_volumes(name)
     for method in (experiment.build_method(), *map(make, experiment.controls)):
         if whole and not method.whole:
             able = ", ".join(sorted(name for name, cls in METHODS.items() if cls.whole))

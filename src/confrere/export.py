@@ -17,10 +17,12 @@ from confrere.adapters.algebra import merge_slots
 from confrere.adapters.folder import export
 from confrere.backbones import Backbone
 from confrere.backbones.pretraining import encoder_files
+from confrere.backbones.volume_folder import network_files
 from confrere.errors import RunError
 from confrere.federation.site import Site
 from confrere.method import Method, Request
 from confrere.record.files import read_json, write_bytes, write_files, write_json
+from confrere.tasks.lwi import LearnableInitialisation
 from confrere.tasks.volume_segmentation import VolumeSegmentation
 from confrere.tensors import State, Tensors
 
@@ -106,22 +108,48 @@ def export_model(folder: Path, method: Method, backbone: Backbone, params: Tenso
 
 
 def export_backbone(folder: Path, method: Method, backbone: Backbone, params: Tensors) -> None:
-    """Write the encoder as a folder that ``backbone.name`` and transformers' ``AutoModel`` take, with a card."""
-    files = encoder_files(backbone.anatomy, backbone.entry, params)
-    digest = sha256(files["model.safetensors"]).hexdigest()
-    title, (height, width) = backbone.task.title.lower(), backbone.image_size
-    text = f"""# {backbone.name}, pretrained
+    """Write what was trained without labels as a folder that ``backbone.name`` takes, with a card.
 
-Encoder of a vision transformer, pretrained on images of {height} x {width} pixels without labels ({title}) by confrere,
-method {method.name}: {json.dumps(asdict(method))}; task {json.dumps(backbone.task.choice())}.
+    It is the encoder of a vision transformer, which transformers' ``AutoModel`` takes, too; or a network for volumes,
+    all of it but the last layer.
+    """
+    if isinstance(backbone.task, LearnableInitialisation):
+        files, card = network_files(backbone.anatomy, params), _VOLUMES
+    else:
+        files, card = encoder_files(backbone.anatomy, backbone.entry, params), _ENCODER
+    text = card.format(
+        name=backbone.name,
+        size=" x ".join(map(str, backbone.image_size)),
+        title=backbone.task.title.lower(),
+        how=f"method {method.name}: {json.dumps(asdict(method))}; task {json.dumps(backbone.task.choice())}",
+        digest=sha256(files["model.safetensors"]).hexdigest(),
+    )
+    write_files(folder, {**files, "README.md": text.encode()})
+
+
+_ENCODER = """# {name}, pretrained
+
+Encoder of a vision transformer, pretrained on images of {size} pixels without labels ({title}) by confrere,
+{how}.
 
 SHA-256 of the weights, for `backbone.sha256`: {digest}
 
-Use: `confrere run DATA --backbone {backbone.name}` with `backbone.name` this folder, or
+Use: `confrere run DATA --backbone {name}` with `backbone.name` this folder, or
 `transformers.AutoModel.from_pretrained("FOLDER")`. Licence: that of the images. What the weights tell of single
 images has not been examined: a hospital that shares them should ask.
 """
-    write_files(folder, {**files, "README.md": text.encode()})
+_VOLUMES = """# {name}, pretrained
+
+Network for volumes, all of it but the last layer, pretrained on volumes of {size} voxels without labels
+({title}) by confrere, {how}.
+`config.json` says through which window it looked.
+
+SHA-256 of the weights, for `backbone.sha256`: {digest}
+
+Use: `confrere run VOLUMES --backbone FOLDER task=volume-segmentation`, with the same `data.volume.spacing`; all weights
+are trained on. Licence: that of the volumes. What the weights tell of single volumes has not been examined: a hospital
+that shares them should ask.
+"""
 
 
 def base_name(backbone: Backbone) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from confrere.adapters import lora
 from confrere.backbones import REGISTRY, Backbone, default_size, load
+from confrere.backbones.volume_folder import reads_volumes
 from confrere.config import Experiment
 from confrere.data.federation import Federation, load_federation
 from confrere.data.numbers import holds_numbers
@@ -72,10 +73,12 @@ def _check_kind(experiment: Experiment) -> None:
     name = experiment.backbone.name
     reads = name in REGISTRY and REGISTRY[name].kind == "numbers"
     given = holds_numbers(Path(experiment.path), experiment.data)
-    volumes = name in REGISTRY and REGISTRY[name].kind == "volumes"
+    volumes = reads_volumes(name)
     if volumes != (experiment.data.volume is not None):
         what = f"{name} reads {'volumes' if volumes else 'no volumes'}"
-        fix = "set data.volume.size" if volumes else "use backbone.name=unet, unetr or swinunetr"
+        fix = (
+            "set data.volume.size" if volumes else "use backbone.name=unet, unetr, swinunetr or one that was pretrained"
+        )
         raise ConfigError(what, where="backbone.name", fix=fix, code="backbone-kind")
     if volumes and experiment.train.views > 1:
         fix = "use train.views=1"

@@ -8,6 +8,7 @@ from typing import Any
 
 from confrere.errors import ConfigError
 from confrere.tasks import make_task
+from confrere.tasks.lwi import LearnableInitialisation
 
 GENERAL = Path("adapters/general/backbone")
 """Where a run directory holds the backbone that all sites share."""
@@ -20,6 +21,11 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "selection": {"every": 5},
     "record": {"keep": 1},  # weights of a whole network fill a disk
 }
+_OF_VOLUMES: Mapping[str, Mapping[str, Any]] = {
+    **_DEFAULTS,
+    "backbone": {"name": "unetr"},
+    "train": {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 4, "steps": 20, "balance": "none"},
+}
 
 
 def pretraining(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,8 +34,13 @@ def pretraining(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the task asks for labels.
     """
-    tables = {key: {**default, **given.get(key, {})} for key, default in _DEFAULTS.items()}
+    of_volumes = given.get("task", {}).get("name") == LearnableInitialisation.name
+    defaults = _OF_VOLUMES if of_volumes else _DEFAULTS
+    tables = {key: {**default, **given.get(key, {})} for key, default in defaults.items()}
     if make_task(tables["task"]).target != "image":
-        what, fix = f"{tables['task']['name']} needs labels", "give --task reconstruction or --task contrast"
+        what, fix = (
+            f"{tables['task']['name']} needs labels",
+            "give --task reconstruction, contrast or, for volumes, lwi",
+        )
         raise ConfigError(what, where="task", fix=fix, code="task")
     return {"controls": ["local", "pooled"], "rounds": 100, **given, **tables}

@@ -129,7 +129,7 @@ def default_size(name: str, side: int | None = None) -> tuple[int, int]:
 
 
 def _read(name: str, given: tuple[int, ...] | None, task: Task, patch: tuple[int, int, int] | None) -> Loaded:
-    from confrere.backbones import hub, mlp, packaged, pretraining
+    from confrere.backbones import hub, mlp, packaged, pretraining, volume_folder
 
     if not name.isprintable() or len(name) > 1024:
         raise BackboneError(
@@ -138,12 +138,10 @@ def _read(name: str, given: tuple[int, ...] | None, task: Task, patch: tuple[int
             fix="see `confrere backbones`",
             code="unknown-backbone",
         )
-    if name in REGISTRY and REGISTRY[name].kind == "volumes":
-        from confrere.backbones import volumetric
-
-        return volumetric.windowed(entry(name), given, patch, task)
+    if volume_folder.reads_volumes(name):
+        return volume_folder.of_volumes(name, given, patch, task)
     if given is not None and len(given) != 2:
-        fix = "use unet, unetr or swinunetr for volumes"
+        fix = "use unet, unetr or swinunetr for volumes, or a folder of one that was pretrained"
         raise BackboneError("it reads flat images", where=name, fix=fix, code="backbone-image-size")
     size = None if given is None else (given[0], given[1])
     if name not in REGISTRY:

@@ -156,6 +156,9 @@ def untrained(entry: Entry, size: tuple[int, int] | None, task: Task) -> Loaded:
     Raises:
         BackboneError: another kind of task, or images that are not square.
     """
+    if task.target == "image" and not isinstance(task, Reconstruction | Contrast):
+        fix = "use backbone.name=unetr, unet or swinunetr, with data.volume.size"
+        raise BackboneError(f"{task.name} is learnt of volumes", where=entry.name, fix=fix, code="backbone-unsupported")
     if not isinstance(task, Reconstruction | Contrast):
         fix = "pretrain it with `confrere pretrain`, and use what that writes: backbone.name=RUN/backbone"
         raise BackboneError("it has no weights yet", where=entry.name, fix=fix, code="weights-missing")

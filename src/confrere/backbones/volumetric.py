@@ -8,8 +8,8 @@ Shapes: B volumes of X x Y x Z voxels, C channels, K classes; a stage of an enco
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from confrere.adapters.dropout import Chance
 from confrere.backbones.anatomy import Anatomy
-from confrere.backbones.loading import Loaded
-from confrere.backbones.registry import Entry
 from confrere.backbones.volume_nets import Size, Unet, Unetr
 from confrere.data.patches import sliding
 from confrere.errors import BackboneError, ConfigError, MissingExtraError, nearest
@@ -153,15 +151,7 @@ class Windowed(nn.Module):
         return torch.cat([maps, seen], 1).movedim(1, -1)
 
     def _somewhere(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        room = [there - side + 1 for there, side in zip(inputs.shape[2:], self.window, strict=True)]
-        draws = self.chance(inputs.new_empty(len(inputs), 3, dtype=torch.float32)).tolist()
-        places = [
-            tuple(
-                slice(int(part * free), int(part * free) + side)
-                for part, free, side in zip(row, room, self.window, strict=True)
-            )
-            for row in draws
-        ]
+        places = somewhere(inputs, self.window, self.chance)
         found = self.net(
             torch.stack([volume[(slice(None), *place)] for volume, place in zip(inputs, places, strict=True)])
         )
@@ -173,34 +163,63 @@ class Windowed(nn.Module):
         return maps, seen
 
 
-def windowed(entry: Entry, size: tuple[int, ...] | None, window: Size | None, task: Task) -> Loaded:
-    """Return a network of :data:`NAMES` for volumes of ``size``, without its last layer.
+def somewhere(inputs: Tensor, window: Size, chance: Chance) -> list[tuple[slice, ...]]:
+    """Return a place for one window in each of volumes (B, C, X, Y, Z), every place as likely as any other."""
+    room = [there - side + 1 for there, side in zip(inputs.shape[2:], window, strict=True)]
+    draws = chance(inputs.new_empty(len(inputs), 3, dtype=torch.float32)).tolist()
+    return [
+        tuple(
+            slice(int(part * free), int(part * free) + side) for part, free, side in zip(row, room, window, strict=True)
+        )
+        for row in draws
+    ]
 
-    Raises:
-        BackboneError: no size, a window larger than the volume, one that the network does not take, or another task.
-    """
-    if not isinstance(task, VolumeSegmentation):
-        fix = 'use task="volume-segmentation"'
-        raise BackboneError("it segments volumes", where=entry.name, fix=fix, code="backbone-unsupported")
+
+def checked_window(name: str, size: tuple[int, ...] | None, window: Size | None) -> Size:
+    """Return the window, by default the whole volume of ``size``; BackboneError if it does not fit."""
     if size is None or len(size) != 3:
         fix = "give data.volume.size, voxels along X, Y, Z"
-        raise BackboneError("it reads volumes", where=entry.name, fix=fix, code="backbone-image-size")
+        raise BackboneError("it reads volumes", where=name, fix=fix, code="backbone-image-size")
     window = window or (size[0], size[1], size[2])
     if any(side > there for side, there in zip(window, size, strict=True)):
         fix = "give a smaller backbone.patch"
-        raise BackboneError("a patch is larger than a volume", where=entry.name, fix=fix, code="backbone-image-size")
-    net = build(entry.name, classes=1, size=window, generator=torch_generator(0, "volumes"))
-    name = output_name(net)
-    width = net.state_dict()[f"{name}.weight"].shape[1]
-    net.set_submodule(name, nn.Identity())
+        raise BackboneError("a patch is larger than a volume", where=name, fix=fix, code="backbone-image-size")
+    return window
+
+
+def windowed(
+    network: str,
+    name: str,
+    window: Size,
+    task: Task,
+    draw: Callable[[nn.Module, torch.Generator], None] = initialise,
+) -> Anatomy:
+    """Return a ``network`` of :data:`NAMES` without its last layer, looking at volumes through windows.
+
+    Args:
+        network: one of :data:`NAMES`.
+        name: of the backbone, for errors.
+        window: voxels along X, Y, Z.
+        task: what is to be predicted.
+        draw: gives first values.
+
+    Raises:
+        BackboneError: another task, or a window that the network does not take.
+    """
+    if not isinstance(task, VolumeSegmentation):
+        fix = 'use task="volume-segmentation", or `confrere pretrain --task lwi` with a network that has no weights yet'
+        raise BackboneError("it segments volumes", where=name, fix=fix, code="backbone-unsupported")
+    net = build(network, classes=1, size=window, generator=torch_generator(0, "volumes"))
+    last = output_name(net)
+    width = net.state_dict()[f"{last}.weight"].shape[1]
+    net.set_submodule(last, nn.Identity())
     root = Windowed(net, window)
-    anatomy = Anatomy(
+    return Anatomy(
         root=root,
-        family=entry.name,
+        family=network,
         width=width,
         patch=(1, 1, 1),
         whole=root,
         trained=tuple(name for name, _ in root.named_parameters()),
-        draw=initialise,
+        draw=draw,
     )
-    return Loaded(anatomy, entry, hashlib.sha256(repr((entry.name, window)).encode()).hexdigest())

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ class Lwi:
         order: a2, not negative.
     """
 
+    where: ClassVar[str] = "lwi"
+    """What errors name as the place of an option."""
+
     slabs: int = 4
     cube: int = 8
     masked: float = 0.4
@@ -70,9 +73,9 @@ class Lwi:
         }
         for name, good in ranges.items():
             if not good:
-                raise ConfigError(f"{name} = {getattr(self, name)!r:.80} is out of range", where="lwi")
+                raise ConfigError(f"{name} = {getattr(self, name)!r:.80} is out of range", where=self.where)
         if self.grouping == "released" and self.axis == 1:
-            raise ConfigError("the released grouping is known for axis 0 and 2 alone", where="lwi.grouping")
+            raise ConfigError("the released grouping is known for axis 0 and 2 alone", where=f"{self.where}.grouping")
 
 
 class Puzzle(NamedTuple):
@@ -113,7 +116,7 @@ def puzzle(volumes: Tensor, task: Lwi, generator: torch.Generator) -> Puzzle:
     if size[task.axis] % task.slabs or any(side % task.cube for side in size):
         raise ConfigError(
             f"volumes of {' x '.join(map(str, size))} voxels cannot be cut so",
-            where="lwi",
+            where=task.where,
             fix=f"{task.slabs} slabs must divide the depth, cubes of {task.cube} every edge",
         )
     batch, along = len(volumes), task.axis + 2
@@ -145,7 +148,9 @@ def groups(grid: Sequence[int], task: Lwi) -> Tensor:
         ConfigError: the groups would not be of one size.
     """
     if not divides(grid, task):
-        raise ConfigError(f"{task.slabs} slabs do not divide a grid of {tuple(grid)} tokens", where="lwi.slabs")
+        raise ConfigError(
+            f"{task.slabs} slabs do not divide a grid of {tuple(grid)} tokens", where=f"{task.where}.slabs"
+        )
     tokens = torch.arange(math.prod(grid))
     if task.grouping == "intended":
         place = torch.arange(grid[task.axis]) // (grid[task.axis] // task.slabs)
@@ -178,7 +183,7 @@ class OrderHeads(nn.Module):
         if not self.used:
             raise ConfigError(
                 f"no stage of the encoder has a grid that {task.slabs} slabs divide",
-                where="lwi.slabs",
+                where=f"{task.where}.slabs",
                 fix=f"the depth must be a multiple of {task.slabs} tokens: fewer slabs, smaller patches",
             )
         self.heads = nn.ModuleList(_undrawn(nn.Linear, shapes[stage][1], task.slabs) for stage in self.used)

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from confrere.errors import ConfigError, nearest
 from confrere.tasks.classification import Classification
 from confrere.tasks.detection import Detection
+from confrere.tasks.lwi import LearnableInitialisation
 from confrere.tasks.multilabel import MultiLabel
 from confrere.tasks.pretext import Contrast, Reconstruction
 from confrere.tasks.segmentation import Segmentation
@@ -30,6 +31,7 @@ TASKS: dict[str, type[Task]] = {
         Survival,
         Reconstruction,
         Contrast,
+        LearnableInitialisation,
     )
 }
 CLASSIFICATION = Classification()

@@ -1,7 +1,7 @@
 """What a network can learn of images without labels: to fill in hidden patches, or to tell an image's other view.
 
 The network computes the losses itself (:mod:`confrere.backbones.pretraining`), as they need its inside; its outputs
-are (B, 2): the loss of each image, and a second number that says what the loss is worth.
+are (B, K): the loss of each image, and K - 1 further numbers that say what the loss is worth; here K is 2.
 
 Shapes: B images of a batch, N images.
 """
@@ -41,7 +41,7 @@ class Pretext(Task):
         return {}
 
     def apply(self, params: Tensors, features: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Return the network's own outputs (B, 2)."""
+        """Return the network's own outputs (B, K)."""
         return features
 
     def objective(self, name: str, weights: Tensor | None = None) -> Objective:
@@ -58,7 +58,11 @@ class Pretext(Task):
 
     @abstractmethod
     def worth(self, outputs: Tensor) -> np.ndarray:
-        """Return the headline of each image (N,), in 0..1, of outputs (N, 2)."""
+        """Return the headline of each image (N,), in 0..1, of outputs (N, K)."""
+
+    def numbers(self, outputs: Tensor) -> tuple[np.ndarray, ...]:
+        """Return each of ``measures`` of each image (N,), of outputs (N, K): the headline and the loss."""
+        return self.worth(outputs), outputs[:, 0].double().numpy()
 
     def judge(self, answers: Answers) -> tuple[float, float]:
         """Return the mean headline, and ``exp`` of minus the mean loss."""
@@ -68,17 +72,17 @@ class Pretext(Task):
     def examine(
         self, known: Answers, asked: Answers, *, classes: Sequence[str], generator: np.random.Generator
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return headline and mean loss with intervals over patients; every test image's value stays at the site."""
+        """Return the means of all measures with intervals over patients; each test image's value stays at the site."""
         values = self.worth(asked.outputs)
         predictions = {"values": torch.from_numpy(values), "groups": torch.from_numpy(asked.groups.copy())}
         if not len(values):
             return {"metrics": None, "temperature": 1.0}, predictions
         patient_N = np.unique(asked.groups, return_inverse=True)[1].astype(np.int64)
         weights = draw(int(patient_N.max()) + 1, generator, 2000)
-        loss = asked.outputs[:, 0].double().numpy()
         metrics: dict[str, Any] = {"n": len(values), "patients": weights.shape[1], "by_class": {}, "notes": []}
         metrics |= {
-            key: mean_of(one, patient_N, weights) for key, one in zip(self.measures, (values, loss), strict=True)
+            key: mean_of(one, patient_N, weights)
+            for key, one in zip(self.measures, self.numbers(asked.outputs), strict=True)
         }
         return {"metrics": metrics, "temperature": 1.0}, predictions
 
