@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from volume_files import hospitals, save
 
 from confrere.data.federation import Federation, load_federation
 from confrere.data.grid import nifti_bytes
@@ -19,27 +19,6 @@ from confrere.seeds import numpy_generator
 
 GRID = Grid(size=(16, 16, 16))
 OPTIONS = DataOptions(target="mask", volume=GRID, val=0.2, test=0.2)
-
-
-def save(path: Path, voxels: np.ndarray, spacing: float = 1.0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(voxels.astype(np.float32), np.diag([spacing, spacing, spacing, 1.0]))
-    image.header.set_xyzt_units("mm")
-    nibabel.save(image, path)
-
-
-def hospitals(folder: Path, each: int = 6) -> Path:
-    """Return two sites with a bright ball in each volume, and its mask."""
-    for number, site in enumerate(("north", "south")):
-        for index in range(each):
-            rng = numpy_generator(number, "balls", index)
-            centre = rng.uniform(5, 10, 3)
-            ball = np.linalg.norm(np.indices((15, 16, 14)).T - centre, axis=3).T < 4
-            save(
-                folder / site / "images" / f"p{number}{index}__1.nii.gz", 50 + 100 * ball + 10 * rng.random(ball.shape)
-            )
-            save(folder / site / "masks" / f"p{number}{index}__1.nii.gz", ball)
-    return folder
 
 
 def load(path: Path, cache: Path, options: DataOptions = OPTIONS) -> Federation:

@@ -11,8 +11,8 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from test_volumes import hospitals, save
 from typer.testing import CliRunner
+from volume_files import hospitals, save
 
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import Backbone, load

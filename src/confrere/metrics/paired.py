@@ -284,6 +284,7 @@ def spoken(metric: str) -> str:
         "harrell": "concordance",
         "explained": "explained share",
         "matched": "share of matched views",
+        "told": "share of slabs told right",
     }
     return words.get(metric, metric.replace("_", " "))
 

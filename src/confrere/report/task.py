@@ -86,6 +86,18 @@ _WORDS = {
     ),
     "error": ("Error", "", "The mean squared error over hidden patches. Compare it within one setting only."),
     "matched": ("Matched", "%", "How often an image's other view is the most similar one of up to 64 images."),
+    "told": (
+        "Slabs told",
+        "%",
+        "Of the shuffled slabs of a volume, the share of which the network tells where they came from; mean over the "
+        "stages of its encoder. Guessing gives one over the number of slabs.",
+    ),
+    "rebuilt": (
+        "Rebuilt",
+        "%",
+        "How much of a volume with masked cubes the network rebuilds: 1 less its squared error over all voxels, as a "
+        "share of the error of drawing all of them in their mean; 0 where it draws no better than that.",
+    ),
     "loss": ("Loss", "", "The mean cross-entropy of that choice, in nats."),
     "ibs": ("Brier score", "%, less is better", "The mean squared gap between predicted survival and what happened."),
 }
