@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from confrere.console import start
 from confrere.data.options import DataOptions
 from confrere.data.sources import read_listing
 from confrere.errors import BackboneError, ConfigError
-from confrere.job import run_experiment
+from confrere.job import initial, prepare, run_experiment
 from confrere.networks import output_name
+from confrere.opening import open_data
 from confrere.pretext.lwi import Lwi, OrderHeads, loss, order_heads
 from confrere.pretrain import GENERAL, pretraining
 from confrere.record.files import read_json, write_json
@@ -35,7 +36,6 @@ from confrere.tasks.task import Answers
 
 SIZE: Size = (16, 16, 32)
 WINDOW: Size = (8, 8, 32)
-OTHERS = ("local", "pooled", "fedadam", "fedprox", "scaffold", "ditto", "fedit-ft")
 LABELS = make_task({"name": "volume-segmentation"})
 
 
@@ -165,47 +165,67 @@ def labelled(path: Path, backbone: Path | str, **more: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", ["fedit", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
-def test_a_run_makes_a_start_that_a_run_takes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
-    data, out = hospitals(tmp_path / "data", each=4), tmp_path / "pre"
-    start(data, out, small(data, method), [], quiet=True)
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """Two hospitals, and the run on their volumes that is done; one cache for the whole module."""
+    folder = tmp_path_factory.mktemp("lwi")
+    data = hospitals(folder / "data", each=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONFRERE_CACHE", str(folder / "cache"))
+        start(data, folder / "pre", small(data), [], quiet=True)
+        yield data, folder / "pre"
+
+
+def test_a_run_makes_a_start_that_a_run_takes(done: tuple[Path, Path], tmp_path: Path) -> None:
+    data, out = done
     results = read_json(out / "results.json")
     assert results["task"]["headline"] == "told"
     assert 0 <= results["summary"]["personalised"]["mean"] <= 1
-    own = method in ("local", "ditto", "fedit-ft")
-    made = out / "adapters" / "north" / "backbone" if own else out / GENERAL
+    # Of the round that was chosen: all of the network but the output, and no order heads.
+    weights = load_file(out / GENERAL / "model.safetensors")
+    state = Run(out).server(results["round"])["shared"]
+    expected = {n.removeprefix("net.") for n in state if n.startswith("net.") and "net.out." not in n}
+    assert weights.keys() == expected
+    assert all(torch.equal(value, state[f"net.{name}"]) for name, value in weights.items())
+    # A run with labels begins there at every site, with any seed.
+    digest = (out / GENERAL / "README.md").read_text().split("`backbone.sha256`: ")[1].split()[0]
+    for seed in (0, 1):
+        given = labelled(data, out / GENERAL, seed=seed)
+        experiment = validate({**given, "backbone": {**given["backbone"], "sha256": digest}})
+        prepared = prepare(experiment, open_data(experiment, tmp_path), lambda event: None)
+        for site in ("", "north", "south"):
+            first = initial(prepared, site)
+            assert first.keys() == {*(f"net.{name}" for name in weights), "head.weight", "head.bias"}
+            assert all(torch.equal(first[f"net.{name}"], value) for name, value in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedit", "local", "pooled", "fedadam", "fedprox", "scaffold", "ditto", "fedit-ft"])
+def test_every_method_makes_a_start(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
+    data, out = hospitals(tmp_path / "data", each=4), tmp_path / "pre"
+    start(data, out, small(data, method), [], quiet=True)
+    made = out / "adapters" / "north" / "backbone" if method == "local" else out / GENERAL
     weights = load_file(made / "model.safetensors")
-    digest = (made / "README.md").read_text().split("`backbone.sha256`: ")[1].split()[0]
-    # Of the round that was chosen; all of the network but the output, and no order heads.
-    if method == "fedit":
-        state = Run(out).server(results["round"])["shared"]
-        expected = {n.removeprefix("net.") for n in state if n.startswith("net.") and "net.out." not in n}
-        assert weights.keys() == expected
-        assert all(torch.equal(value, state[f"net.{name}"]) for name, value in weights.items())
-    # A run with labels begins there: its step is too small to change a number.
-    run = labelled(data, made)
-    start(data, tmp_path / "run", {**run, "backbone": {**run["backbone"], "sha256": digest}}, [], quiet=True)
+    start(data, tmp_path / "run", labelled(data, made), [], quiet=True)
     ended = load_file(tmp_path / "run" / "adapters" / "north" / "head.safetensors")
-    assert ended.keys() == {*(f"net.{name}" for name in weights), "head.weight", "head.bias"}
-    for name, value in weights.items():
+    for name, value in weights.items():  # its step is too small to change a number
         torch.testing.assert_close(ended[f"net.{name}"], value, rtol=0, atol=1e-6)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
-    experiment = validate(small(hospitals(tmp_path / "data", each=4), rounds=2))
+def test_an_interrupted_run_goes_on_to_the_same_bytes(done: tuple[Path, Path], tmp_path: Path) -> None:
+    data, other = done
+    experiment = validate(small(data))
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "round" and event.get("round") == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(experiment, tmp_path / "one", notify=stop)
-    assert not (tmp_path / "one" / GENERAL).exists()
-    for name in ("one", "two"):
-        run_experiment(experiment, tmp_path / name)
-    one, two = (tmp_path / name / GENERAL / "model.safetensors" for name in ("one", "two"))
+        run_experiment(experiment, tmp_path, notify=stop)
+    assert not (tmp_path / GENERAL).exists()
+    run_experiment(experiment, tmp_path)
+    one, two = (run / GENERAL / "model.safetensors" for run in (tmp_path, other))
     assert one.read_bytes() == two.read_bytes()
 
 
