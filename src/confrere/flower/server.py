@@ -32,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
     roster = {site: bytes.fromhex(identity) for site, identity in settings["identities"].items()}
     notify = Log(Path(settings["log"])) if settings["log"] else _silent
     try:
-        lead = Lead(out=out, roster=roster, sites=sites, status=status, notify=notify)
+        lead = Lead(out=out, roster=roster, sites=sites, status=status, notify=notify, late=settings["late"])
         lead.conduct(validate(read(Path(settings["experiment"]))))
     except ConfrereError as error:
         failure: dict[str, Any] = {"what": error.what, "where": error.where, "fix": error.fix, "code": error.code}
