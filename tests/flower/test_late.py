@@ -77,7 +77,7 @@ def status_of(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "status.json").read_text()))
 
 
-@pytest.mark.parametrize("method", ["fedopal", "scaffold"])
+@pytest.mark.parametrize("method", ["fedopal", pytest.param("scaffold", marks=pytest.mark.slow)])
 def test_a_site_that_joins_in_round_2(method: str, kits: Path, images: Path, members: Members, tmp_path: Path) -> None:
     """A10, but for the network, which the slow tests have."""
     experiment = validate(
@@ -126,7 +126,10 @@ def refusing(members: Members, kind: str, kits: Path, images: Path, tmp_path: Pa
         says(members.workers["west"], patch, *changes[kind])
 
 
-@pytest.mark.parametrize("code", ["policy-method", "version", "site-differs", "message-form"])
+@pytest.mark.parametrize(
+    "code",
+    ["policy-method", "version", *(pytest.param(c, marks=pytest.mark.slow) for c in ("site-differs", "message-form"))],
+)
 def test_a_site_that_does_not_fit_stays_out(
     code: str, kits: Path, images: Path, members: Members, tmp_path: Path
 ) -> None:
@@ -147,7 +150,13 @@ def test_one_that_gave_no_answer_is_asked_before_the_next_round(kits: Path, memb
 
 
 @pytest.mark.parametrize(
-    "killed", ["before it came", "when it had joined", "in its first round", "and a state is lost"]
+    "killed",
+    [
+        "before it came",
+        "when it joined",
+        pytest.param("in its first round", marks=pytest.mark.slow),
+        "and a state is lost",
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     killed: str, expected: Path, kits: Path, images: Path, members: Members, tmp_path: Path
@@ -204,7 +213,7 @@ def test_other_data_of_one_that_joined_are_noticed(kits: Path, images: Path, mem
         (("federation.sampling=groups",), ["west"], "federation.sampling", "late"),
         (
             (
-                "method=dpfed",
+                "method.name=dpfed",
                 "method.sigma=1.0",
                 "method.noise_seed=1",
                 "federation.weights=equal",
