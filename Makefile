@@ -19,10 +19,10 @@ demo: $(VENV)/.installed
 	$(BIN)/confrere demo --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed check
-	$(BIN)/python -m pytest -n 2 -m "slow and not timm and not servers"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not timm and not servers"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m servers
 	$(TIMM_VENV)/bin/python -m pytest -m timm
 

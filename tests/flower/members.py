@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from confrere.config import Experiment, override, validate
@@ -22,6 +24,7 @@ from confrere.consortium.states import failed
 from confrere.consortium.status import Status
 from confrere.consortium.worker import Worker
 from confrere.federation.transport import Failure
+from confrere.job import run_experiment
 from confrere.seeds import numpy_generator
 
 SITES = ("north", "south", "west")
@@ -106,9 +109,46 @@ def make_members(kits: Path, images: Path, state: Path, **policy: Any) -> Member
     return Members(workers)
 
 
-def run_members(experiment: Experiment, out: Path, members: Members) -> None:
+def run_members(experiment: Experiment, out: Path, members: Members, late: Collection[str] = ()) -> None:
     """Run an experiment over members as the coordinator does."""
     out.mkdir(exist_ok=True)
     status = Status(out / "status.json", "members", SITES)
-    roster = members.workers[SITES[0]].kit.identities
-    Lead(out=out, roster=roster, sites=members, status=status).conduct(experiment)
+    roster = next(iter(members.workers.values())).kit.identities
+    Lead(out=out, roster=roster, sites=members, status=status, late=late).conduct(experiment)
+
+
+def in_one_process(experiment: Experiment, images: Path, out: Path) -> None:
+    """Run the same experiment in this process."""
+    run_experiment(validate({**experiment.model_dump(), "path": str(images / "all")}), out)
+
+
+def assert_same(one: Path, out: Path, state: Path) -> None:
+    """Compare server states, every site's states and the exported adapters, byte by byte."""
+    job = json.loads((out / "job.json").read_text())["job"]
+    compared = 0
+    for file in sorted(one.rglob("*")):
+        place = file.relative_to(one)
+        if file.is_dir() or file.name.startswith(
+            ("test-", "opened-")
+        ):  # numbers of patients, and names of jobs, differ
+            continue
+        if place.parts[0] == "server":
+            other = out / place
+        elif place.parts[0] in ("sites", "adapters"):
+            other = state / place.parts[1] / job / place
+        else:
+            continue
+        assert other.read_bytes() == file.read_bytes(), place
+        compared += 1
+    assert compared > 9
+
+
+def says(worker: Worker, patch: pytest.MonkeyPatch, key: str, changes: Mapping[str, Any] | None) -> None:
+    """Let a site say something else of itself under ``key``, or nothing, when it is asked to describe itself."""
+    describe = worker._describe
+
+    def changed(*args: object) -> dict[str, object]:
+        told = describe(*args)  # type: ignore[arg-type]
+        return {**told, key: {**told[key], **changes} if changes else None}
+
+    patch.setattr(worker, "_describe", changed)

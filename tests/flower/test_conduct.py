@@ -6,13 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
-from members import SITES, Members, experiment_for, make_images, make_kits, make_members, run_members
+from members import (
+    SITES,
+    Members,
+    assert_same,
+    experiment_for,
+    in_one_process,
+    make_images,
+    make_kits,
+    make_members,
+    run_members,
+    says,
+)
 
-from confrere.config import Experiment, override, validate
+from confrere.config import override, validate
 from confrere.consortium.lead import across
-from confrere.consortium.worker import Worker
 from confrere.errors import ConfigError, PolicyError, RunError
-from confrere.job import run_experiment
 from confrere.verify import verify
 
 
@@ -29,31 +38,6 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def members(kits: Path, images: Path, tmp_path: Path) -> Members:
     return make_members(kits, images, tmp_path / "state")
-
-
-def in_one_process(experiment: Experiment, images: Path, out: Path) -> None:
-    run_experiment(validate({**experiment.model_dump(), "path": str(images / "all")}), out)
-
-
-def assert_same(one: Path, out: Path, state: Path) -> None:
-    """Compare server states, every site's states and the exported adapters, byte by byte."""
-    job = json.loads((out / "job.json").read_text())["job"]
-    compared = 0
-    for file in sorted(one.rglob("*")):
-        place = file.relative_to(one)
-        if file.is_dir() or file.name.startswith(
-            ("test-", "opened-")
-        ):  # numbers of patients, and names of jobs, differ
-            continue
-        if place.parts[0] == "server":
-            other = out / place
-        elif place.parts[0] in ("sites", "adapters"):
-            other = state / place.parts[1] / job / place
-        else:
-            continue
-        assert other.read_bytes() == file.read_bytes(), place
-        compared += 1
-    assert compared > 9
 
 
 @pytest.mark.parametrize(
@@ -165,21 +149,10 @@ def test_a_missing_site_is_named(kits: Path, members: Members, tmp_path: Path) -
     assert caught.value.code == "sites-missing"
 
 
-def says(worker: Worker, monkeypatch: pytest.MonkeyPatch, key: str, **changes: object) -> None:
-    """Let a site say something else of itself under ``key`` when it is asked to describe itself."""
-    describe = worker._describe
-
-    def changed(*args: object) -> dict[str, object]:
-        told = describe(*args)  # type: ignore[arg-type]
-        return {**told, key: {**told[key], **changes}}
-
-    monkeypatch.setattr(worker, "_describe", changed)
-
-
 def test_another_version_is_refused(
     kits: Path, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says(members.workers["south"], monkeypatch, "versions", confrere="0.0.9")
+    says(members.workers["south"], monkeypatch, "versions", {"confrere": "0.0.9"})
     with pytest.raises(RunError, match=r"confrere 0\.0\.9.*site south") as caught:
         run_members(experiment_for(kits), tmp_path / "out", members)
     assert caught.value.code == "version"
@@ -188,7 +161,7 @@ def test_another_version_is_refused(
 def test_other_weights_under_the_same_name_are_refused(
     kits: Path, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says(members.workers["north"], monkeypatch, "backbone", digest="0" * 64)
+    says(members.workers["north"], monkeypatch, "backbone", {"digest": "0" * 64})
     with pytest.raises(RunError, match="000000000000") as caught:
         run_members(experiment_for(kits), tmp_path / "out", members)
     assert caught.value.code == "site-differs"

@@ -60,6 +60,17 @@ def test_refused_and_unseen_sites_are_told(tmp_path: Path) -> None:
     assert "refused: kit-expired" in found.output
 
 
+def test_a_site_that_may_come_later_is_expected_and_does_not_count(tmp_path: Path) -> None:
+    never = {"online": False, "seen": None, "waiting": False, "refused": "", "expected": True}
+    here = never | {"online": True, "expected": False}
+    sites = {"north": here, "south": here, "east": never, "west": never | {"refused": "version"}}
+    runs.status(runs.begin(tmp_path), "waiting", updated=time.time(), sites=sites)
+    found = call("status", tmp_path)
+    assert re.search(r"east +expected", found.output), found.output
+    assert "refused: version" in found.output
+    assert "2 of 2 sites online" in found.output
+
+
 @pytest.mark.parametrize(
     ("phase", "age", "code", "said"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ class Sites(Protocol):
     """What carries requests to sites."""
 
     def online(self) -> tuple[str, ...]:
-        """Return the names of the sites that can be asked now, sorted."""
+        """Return the names of the sites that can be asked at this moment, sorted."""
 
     def ask(self, kind: str, frames: Mapping[str, tuple[Header, Arrays]]) -> Answers:
         """Send each site its frame; return what came back before the deadline, a Failure where that is no answer."""
@@ -84,14 +84,45 @@ def gathered(experiment: Experiment, described: Mapping[str, Header], consortium
     Raises:
         RunError: a site has another version, classes, image size or kind of data than the coordinator expects.
     """
-    ours, first = machine(), next(iter(described.values()))
+    first = next(iter(described.values()))
     for name, told in described.items():
-        _same_version(name, told, ours["confrere"])
-        expected = {"classes": list(experiment.data.classes), "image_size": first["image_size"]}
-        for key, value in expected.items():
-            if told.get(key) != value:
-                what = f"its {key.replace('_', ' ')} are {told.get(key)}, others have {value}"
-                raise RunError(what, where=f"site {name}", fix="agree on one", code="site-differs")
+        fits(experiment, name, told, first["image_size"])
+    height, width = first["image_size"]
+    told_digests = [[name, told["data"]] for name, told in sorted(described.items())]
+    return Federation(
+        name=consortium,
+        classes=experiment.data.classes,
+        strata=tuple(sorted({name for told in described.values() for name in told["strata"]})),
+        sites=tuple(unseen(name) for name in sorted(described)),
+        image_size=(int(height), int(width)),
+        synthetic=any(told["synthetic"] for told in described.values()),
+        sheet={
+            "sites": {name: told["sheet"] for name, told in sorted(described.items())},
+            "warnings": remarks(described),
+            "shared_pictures": None,
+            "shared_patients": None,
+        },
+        digest=hashlib.sha256(repr(told_digests).encode()).hexdigest(),
+    )
+
+
+def fits(experiment: Experiment, name: str, told: Header, image_size: Sequence[int]) -> None:
+    """Refuse a site that does not fit the others, by what it says of itself.
+
+    Raises:
+        RunError: it has another version, classes or image size than the coordinator expects.
+    """
+    _same_version(name, told, machine()["confrere"])
+    expected = {"classes": list(experiment.data.classes), "image_size": list(image_size)}
+    for key, value in expected.items():
+        if told.get(key) != value:
+            what = f"its {key.replace('_', ' ')} are {told.get(key)}, others have {value}"
+            raise RunError(what, where=f"site {name}", fix="agree on one", code="site-differs")
+
+
+def remarks(described: Mapping[str, Header]) -> list[str]:
+    """Return the sites' own warnings, and one for every package of which not all have the coordinator's version."""
+    ours = machine()
     warnings = [f"{name}: {line}" for name, told in described.items() for line in told["warnings"]]
     for package in ("torch", "numpy", "python"):
         versions = {name: told["versions"].get(package) for name, told in described.items()}
@@ -100,23 +131,7 @@ def gathered(experiment: Experiment, described: Mapping[str, Header], consortium
             warnings.append(
                 f"{package} differs (coordinator {ours[package]}, {said}): not the same bytes as elsewhere."
             )
-    height, width = first["image_size"]
-    told_digests = [[name, told["data"]] for name, told in sorted(described.items())]
-    return Federation(
-        name=consortium,
-        classes=experiment.data.classes,
-        strata=tuple(sorted({name for told in described.values() for name in told["strata"]})),
-        sites=tuple(_unseen(name) for name in sorted(described)),
-        image_size=(int(height), int(width)),
-        synthetic=any(told["synthetic"] for told in described.values()),
-        sheet={
-            "sites": {name: told["sheet"] for name, told in sorted(described.items())},
-            "warnings": warnings,
-            "shared_pictures": None,
-            "shared_patients": None,
-        },
-        digest=hashlib.sha256(repr(told_digests).encode()).hexdigest(),
-    )
+    return warnings
 
 
 def _same_version(name: str, told: Header, ours: str) -> None:
@@ -127,7 +142,7 @@ def _same_version(name: str, told: Header, ours: str) -> None:
         raise RunError(what, where=f"site {name}", fix=fix, code="version")
 
 
-def _unseen(name: str) -> SiteImages:
+def unseen(name: str) -> SiteImages:
     """Return a site of which only the name is known here."""
     none = np.zeros(0, np.int64)
     images = np.zeros((0, 1, 1), np.float32)

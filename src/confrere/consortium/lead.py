@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 
 from confrere.config import Experiment, validate
 from confrere.consortium import states
-from confrere.consortium.census import Header, Sites, describe, gathered, simulated
+from confrere.consortium.census import Header, Sites, simulated
 from confrere.consortium.frame import PROTOCOL, Arrays
+from confrere.consortium.late import Door, Joined, Membership, late_of
 from confrere.consortium.status import Status
-from confrere.data.federation import Federation
 from confrere.errors import ConfigError, RunError
 from confrere.export import About, Model, export_model
 from confrere.federation.transport import Failure
@@ -37,12 +38,13 @@ RESUME = "resume: confrere coordinator KIT --out RUN"
 class Remote:
     """The transport of one training: requests of the round loop as frames of a job."""
 
-    def __init__(self, sites: Sites, job: Mapping[str, Any]) -> None:
-        self._sites, self.job = sites, dict(job)
+    def __init__(self, sites: Sites, job: Mapping[str, Any], members: Callable[[], Collection[str]]) -> None:
+        self._sites, self.job, self._members = sites, dict(job), members
 
     def sites(self) -> tuple[str, ...]:
-        """Return the names of the sites that can be asked now, sorted."""
-        return self._sites.online()
+        """Return the names of the members that can be asked now, sorted; for one that has just gone, wait first."""
+        names = self._members()
+        return tuple(sorted(set(names) - set(self._sites.wait(names))))
 
     def exchange(self, requests: Mapping[str, Request]) -> list[Reply | Failure]:
         """Send each site its request; return what came back, sorted by site."""
@@ -66,6 +68,7 @@ class Lead:
     Args:
         out: its directory. sites: carries frames. status: told what is being done. notify: called with every event.
         roster: public identity (32 bytes) of every site that takes part.
+        late: names of those that may come after round 1 has begun.
     """
 
     out: Path
@@ -73,6 +76,7 @@ class Lead:
     sites: Sites
     status: Status
     notify: Notify = lambda event: None
+    late: Collection[str] = ()
 
     def conduct(self, experiment: Experiment) -> None:
         """Run an experiment over the sites; continue what an earlier call left unfinished.
@@ -83,58 +87,68 @@ class Lead:
         """
         run = Run(self.out)
         with run.lock():
-            job = {"protocol": PROTOCOL, "job": _job(self.out), "part": "", "experiment": as_sent(experiment)}
+            late = late_of(self.out, self.late)
+            job = {"protocol": PROTOCOL, "job": _job(self.out, late), "part": "", "experiment": as_sent(experiment)}
             self.status.phase("waiting")
-            described = describe(self.sites, list(self.roster), job, self.status)
-            federation = gathered(experiment, described, self.status.consortium)
+            how: dict[str, Any] = {"sites": self.sites, "status": self.status, "notify": self.notify}
+            members = Membership(run=run, experiment=experiment, job=job, late=set(late), **how)
+            federation = members.gather(list(self.roster))
             torch.set_num_threads(experiment.threads or most_threads())
             begin(self.out, experiment, federation, accept_drift=False)
+            members.keep_sheets()
             self.notify({"event": "data", "sheet": federation.sheet})
             for part in trainings(self.out, experiment):
                 if not (part / "results.json").exists():
                     name = "" if part == self.out else part.name
                     own = experiment.for_method(name) if name else experiment
-                    self._train(own, federation, part, Remote(self.sites, {**job, "part": name}), described)
+                    self._train(own, part, {**job, "part": name}, members)
             if experiment.other_controls:
                 self.status.phase("examine", method="verdicts")
-                self._verdicts(job, experiment.build_task().headline)
+                self._verdicts(job, sorted(members.described), experiment.build_task().headline)
             self.status.phase("done")
 
-    def _train(
-        self,
-        experiment: Experiment,
-        federation: Federation,
-        path: Path,
-        transport: Remote,
-        described: Mapping[str, Header],
-    ) -> None:
-        """Train one method, or one control, and let every site take its model home."""
+    def _train(self, experiment: Experiment, path: Path, job: Header, members: Membership) -> None:
+        """Train one method, or one control, and let every site take its model home.
+
+        Sites join the method's training only: in a control, all who have joined take part from the start.
+        """
         method, run = experiment.build_method(), Run(path)
         self.status.phase("train", method=method.name, round=0, rounds=experiment.rounds)
         self.notify({"event": "method", "name": method.name, "rounds": experiment.rounds})
-        backbones = load_backbones(experiment, federation)
+        backbones, federation = load_backbones(experiment, members.everybody), members.federation
         task = Prepared(experiment=experiment, method=method, federation=federation, backbones=backbones, data={})
-        for name, told in described.items():
+
+        def check(name: str, told: Header) -> None:
             ours, theirs = task.backbone_of(name).digest, told["backbone"].get("digest")
             if theirs != ours:
                 what = f"its backbone has the hash {str(theirs)[:12]}, the coordinator's {ours[:12]}"
                 raise RunError(what, where=f"site {name}", fix="install the same weights", code="site-differs")
 
+        for name, told in members.described.items():
+            check(name, told)
+        door = Door(members=members, check=check, round=run.last_round() + 1) if path == self.out else None
+
         def tell(event: dict[str, Any]) -> None:
             if event["event"] in ("round", "examine"):
                 self.status.phase("train" if event["event"] == "round" else "examine", round=event["round"])
+            if door:
+                door.follow(event)
             self.notify(event)
 
         def export(results: Mapping[str, Any], chosen: int) -> None:
             take_home(task, run, self.sites, transport, results, chosen)
 
-        weights = {site: float(told["weight"]) for site, told in described.items()}
+        transport = Remote(self.sites, job, door or members.described.keys)
         roster = self.roster if experiment.masked else None
-        lead(task, run, transport, weights, export, str(transport.job["job"]), tell, roster)
+        while True:
+            task = replace(task, federation=members.federation)
+            with suppress(Joined):
+                lead(task, run, transport, members.weights, export, str(job["job"]), tell, roster)
+                return
 
-    def _verdicts(self, job: Header, metric: str) -> None:
+    def _verdicts(self, job: Header, names: Collection[str], metric: str) -> None:
         """Collect what every site found when it compared its models on its own test patients; write verdicts.json."""
-        asked: dict[str, tuple[Header, Arrays]] = {name: ({**job, "kind": "verdict"}, {}) for name in self.roster}
+        asked: dict[str, tuple[Header, Arrays]] = {name: ({**job, "kind": "verdict"}, {}) for name in names}
         found: dict[str, Any] = {}
         for name, answer in sorted(self.sites.ask("verdict", asked).items()):
             told = {} if isinstance(answer, Failure) else answer[0]
@@ -144,13 +158,14 @@ class Lead:
         keep_verdicts(Run(self.out), {"sites": found, "headline": headline(found), "note": note(metric)})
 
 
-def _job(out: Path) -> str:
+def _job(out: Path, late: Collection[str]) -> str:
     """Return the name under which the sites keep their part of the run in ``out``: 16 hexadecimal digits.
 
-    Before a run has begun it is a new one each time, as the experiment may have been mended.
+    Before a run has begun it is a new one each time, as the experiment may have been mended. Beside it stands who may
+    be late.
     """
     if not (out / "experiment.toml").exists() or not (out / "job.json").exists():
-        write_json(out / "job.json", {"job": secrets.token_hex(8)})
+        write_json(out / "job.json", {"job": secrets.token_hex(8), "late": sorted(late)})
     return str(read_json(out / "job.json")["job"])
 
 

@@ -19,7 +19,7 @@ class Status:
     def __init__(self, path: Path, consortium: str, sites: Collection[str]) -> None:
         now, self._path, self._written = time.time(), path, 0.0
         self.consortium = consortium
-        new: dict[str, Any] = {"online": False, "seen": None, "waiting": False, "refused": ""}
+        new: dict[str, Any] = {"online": False, "seen": None, "waiting": False, "refused": "", "expected": False}
         self.values: dict[str, Any] = {
             "format": 1,
             "consortium": consortium,
@@ -49,6 +49,15 @@ class Status:
     def waiting(self, sites: Collection[str]) -> None:
         """Say which sites were asked and have not answered."""
         self._mark("waiting", sites)
+
+    def expected(self, sites: Collection[str]) -> None:
+        """Say which sites may come later and have not joined; one that is refused stays expected."""
+        self._mark("expected", sites)
+
+    def joined(self, site: str) -> None:
+        """Say that a site that was expected takes part now."""
+        self.values["sites"][site] |= {"expected": False, "refused": ""}
+        self._write()
 
     def _mark(self, key: str, sites: Collection[str]) -> None:
         """Set ``key`` for ``sites`` and no others; write that if it is news, or if it is time for a sign of life."""

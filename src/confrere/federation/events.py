@@ -44,7 +44,7 @@ def refused_records(
 
 def brief(event: Mapping[str, Any]) -> dict[str, Any]:
     """Return of an event what the choice of a round and stopping read: a long run must not fill the memory."""
-    kept = {key: event[key] for key in ("event", "round", "criterion", "counts") if key in event}
+    kept = {key: event[key] for key in ("event", "round", "since", "criterion", "counts") if key in event}
     spent = [s for s, told in event["sites"].items() if told.get("spent")] if event.get("event") == "round" else []
     return {**kept, "spent": spent} if spent else kept
 

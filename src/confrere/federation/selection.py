@@ -14,13 +14,16 @@ def best_round(events: Sequence[Mapping[str, Any]]) -> int:
     """Return the round of the best validation criterion (the earliest of equals), else the last round.
 
     The criterion is the mean over sites of the balanced mean probability of the true class. Rounds before the last
-    phase of a method do not count, unless there are no others. Where rounds were debited, the last one is kept: a
+    phase of a method do not count, unless there are no others; nor do those before the last site joined, whose means
+    are over fewer sites. Where rounds were debited, the last one is kept: a
     choice by validation images would be one more release, which no budget covers.
     """
     if any(e["event"] == "debit" for e in events):
         return last_round(events)
     known = [e for e in events if e["event"] == "evaluation" and e["criterion"] is not None]
     judged = [e for e in known if e.get("counts", True)] or known
+    complete = max((e["since"] for e in events if e["event"] == "joined"), default=0)
+    judged = [e for e in judged if e["round"] >= complete] or judged
     if judged:
         return int(-max((e["criterion"], -e["round"]) for e in judged)[1])
     return last_round(events)

@@ -19,6 +19,7 @@ def coordinator(
     host: Annotated[str, typer.Option(help="address of this machine on which sites are served")] = "0.0.0.0",
     deadline: Annotated[float, typer.Option(help="seconds in which a site must answer", min=1)] = 3600.0,
     patience: Annotated[float, typer.Option(help="seconds to wait for a site that is not online", min=0)] = 600.0,
+    late: Annotated[list[str] | None, typer.Option(help="a site that may come after round 1 has begun; repeat")] = None,
     watch: Annotated[int, typer.Option(help="port of the live page on this machine; 0: none")] = 0,
     log: Log = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print only errors")] = False,
@@ -31,6 +32,7 @@ def coordinator(
     from confrere.progress import progress
 
     how: dict[str, Any] = {"host": host, "deadline": deadline, "patience": patience, "watch": watch, "log": log}
+    how["late"] = late or ()
     known = load(kit, "coordinator")
     try:
         with progress(quiet=quiet) as show:

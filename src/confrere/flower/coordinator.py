@@ -10,7 +10,7 @@ import secrets
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -158,7 +158,14 @@ class Coordinator:
         return frozenset(read_json(file)["keys"]) if file.exists() else frozenset()
 
     def conduct(
-        self, experiment: Experiment, out: Path, begun: Callable[[], None], *, deadline: float, patience: float
+        self,
+        experiment: Experiment,
+        out: Path,
+        begun: Callable[[], None],
+        *,
+        deadline: float,
+        patience: float,
+        late: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Submit the run and follow it; return verdicts.json, empty without controls. ``begun`` is called once.
 
@@ -179,6 +186,7 @@ class Coordinator:
             "experiment": str((self.home / "experiment.toml").resolve()),
             "deadline": deadline,
             "patience": patience,
+            "late": list(late),
         }
         write_json(self.home / "settings.json", settings)
         write_bytes(self.home / "events.jsonl", b"")

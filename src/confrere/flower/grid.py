@@ -45,9 +45,8 @@ class GridSites:
         self._missed: dict[str, float] = {}  # since when a site is offline
 
     def online(self) -> tuple[str, ...]:
-        """Return the sites that can be asked; for one that has just gone, wait a while first."""
-        missing = self.wait(self._nodes)
-        return tuple(sorted(set(self._nodes) - set(missing)))
+        """Return the sites that can be asked at this moment, sorted."""
+        return tuple(sorted(self._present()))
 
     def wait(self, names: Collection[str]) -> list[str]:
         """Wait until all of ``names`` are online, for each no longer than ``patience``; return those that are not."""

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from confrere.config import Experiment, override, read, validate
 from confrere.consortium.kit import Kit
+from confrere.consortium.late import absent, check_late, late_of
 from confrere.consortium.lead import across
 from confrere.errors import ConfigError
 from confrere.fingerprint import stored_experiment
 from confrere.flower.coordinator import Coordinator, Notify
+from confrere.record.files import read_json
 from confrere.record.run import Run
 from confrere.report import write_report
 
@@ -28,12 +30,15 @@ def lead(
     log: Path | None,
     notify: Notify,
     show: Notify,
+    late: Sequence[str] = (),
 ) -> str:
     """Run an experiment across the sites of a kit into ``out``, or go on with the one there; return the headline.
 
     ``notify`` is called with what happens beside the run, ``show`` with the events of the run itself.
     """
     experiment, said = chosen(kit, out, config, overrides)
+    awaited = late_of(out, late)
+    check_late(experiment, kit.sites, awaited)
     for line in said:
         notify({"event": "note", "reason": line})
 
@@ -46,7 +51,9 @@ def lead(
             notify({"event": "watch", "reason": start(out, port=watch).address})
 
     with Coordinator(kit=kit, host=host, log_file=log, notify=notify, show=show) as processes:
-        verdicts = processes.conduct(experiment, out, begun, deadline=deadline, patience=patience)
+        verdicts = processes.conduct(experiment, out, begun, deadline=deadline, patience=patience, late=awaited)
+    for line in absent(read_json(out / "status.json")):
+        notify({"event": "note", "reason": line})
     notify({"event": "report", "reason": str(write_report(out))})
     return str(verdicts.get("headline", ""))
 

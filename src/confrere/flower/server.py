@@ -35,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     roster = {site: bytes.fromhex(identity) for site, identity in settings["identities"].items()}
     tell = teller(Path(settings["events"]), Path(settings["log"]) if settings["log"] else None)
     try:
-        lead = Lead(out=out, roster=roster, sites=sites, status=status, notify=tell)
+        lead = Lead(out=out, roster=roster, sites=sites, status=status, notify=tell, late=settings["late"])
         lead.conduct(validate(read(Path(settings["experiment"]))))
     except ConfrereError as error:
         failure: dict[str, Any] = {"what": error.what, "where": error.where, "fix": error.fix, "code": error.code}

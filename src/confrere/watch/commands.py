@@ -101,6 +101,8 @@ def _standing(site: SiteState, now: float) -> str:
 
     if site.refused:
         return f"refused: {site.refused}"
+    if site.expected:
+        return "expected"
     if site.online is False:
         return "offline" + (f", seen {duration(now - site.seen)} ago" if site.seen else ", never seen")
     return "waited for" if site.waiting else "online" if site.online else "idle"

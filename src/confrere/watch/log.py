@@ -25,7 +25,7 @@ from confrere.errors import RunError
 
 Kind = Literal[
     "method", "round", "update", "score", "failure", "fallback", "stop", "examine",
-    "registered", "connecting", "waiting", "disconnected", "refused", "request", "log-lost",
+    "joined", "registered", "connecting", "waiting", "disconnected", "refused", "request", "log-lost",
 ]  # fmt: skip
 """All that a line can tell: of training; of sites and the line to them; of the log itself."""
 _WARNINGS = ("failure", "fallback", "disconnected", "refused")

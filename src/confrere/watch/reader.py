@@ -222,6 +222,7 @@ def _site(name: str, known: _Known, status: Mapping[str, Any] | None, *, alone: 
         online=None if status is None else bool(said.get("online")),
         seen=number(said.get("seen")),
         waiting=known.asked if alone else bool(said.get("waiting")),
+        expected=bool(said.get("expected")),
         refused=text(said.get("refused")),
         loss=known.loss,
         score=known.score,

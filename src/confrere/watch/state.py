@@ -23,16 +23,17 @@ class SiteState:
     """What is known of one site.
 
     ``online`` is None where nobody says so: in one process there is no line that could be down, and where the
-    coordinator has ended none is up. ``waiting``: it was
-    asked and has not answered. ``refused``: the code with which the coordinator turns it away now. ``refusals``: how
-    many of its answers failed or were refused, by code. ``score`` is on validation images, by the
-    task of the run, in [0, 1]. Bytes as the site sees them, of tensors in training requests and replies.
+    coordinator has ended none is up. ``waiting``: it was asked and has not answered. ``expected``: it may join later.
+    ``refused``: the code with which the coordinator turns it away now. ``refusals``: how many of its answers failed or
+    were refused, by code. ``score`` is on validation images, by the task of the run, in [0, 1]. Bytes as the site sees
+    them, of tensors in training requests and replies.
     """
 
     name: str
     online: bool | None = None
     seen: float | None = None
     waiting: bool = False
+    expected: bool = False
     refused: str = ""
     loss: float | None = None
     score: float | None = None
@@ -140,7 +141,7 @@ class State:
             parts.append(f"continue with: {self.again}")
         if self.eta is not None:
             parts.append(f"about {duration(self.eta)} of training left")
-        known = [site for site in self.sites if site.online is not None]
+        known = [site for site in self.sites if site.online is not None and not site.expected]
         if known and self.phase not in ENDED:
             parts.append(f"{sum(bool(site.online) for site in known)} of {len(known)} sites online")
         if self.failures:

@@ -51,6 +51,7 @@ function phase(state) {
 
 function standing(site, now) {
   if (site.refused) return [`refused: ${site.refused}`, "down"];
+  if (site.expected) return ["expected", ""];
   if (site.online === false)
     return [site.seen ? `offline, seen ${duration(now - site.seen)} ago` : "offline, never seen", "down"];
   if (site.waiting) return ["waited for", "asked"];
@@ -60,7 +61,7 @@ function standing(site, now) {
 function facts(state) {
   const seconds = state.seconds;
   const mean = seconds.length ? seconds.reduce((a, b) => a + b) / seconds.length : null;
-  const told = state.sites.filter(site => site.online !== null);
+  const told = state.sites.filter(site => site.online !== null && !site.expected);
   const rows = [
     ["Rounds committed", `${state.round} of ${state.rounds}`],
     ["A round takes", mean === null ? NONE : `about ${duration(mean)}`],
