@@ -184,7 +184,7 @@ BY_EXCHANGE = {
 }
 
 
-@every
+@by_method
 def test_zero_learning_rate_is_a_fixed_point(method: Method, tmp_path: Path) -> None:
     if method.closed_form:
         pytest.skip("solves instead of taking steps: no learning rate reaches it")
@@ -237,7 +237,7 @@ def test_options_survive_toml_and_print(method: Method) -> None:
     assert pickle.loads(pickle.dumps(method)) == method  # for other people's tools; nothing of ours unpickles
 
 
-@every
+@by_method
 def test_a_site_that_never_trained_can_predict(method: Method, tmp_path: Path) -> None:
     final, _ = tiny_run(method, tmp_path)
     newcomer = tiny_sites(method)["b"]
@@ -278,7 +278,7 @@ class Patchy(InProcess):
         return [*replies, *(Failure(n, "no answer") for n in requests.keys() - here.keys())]
 
 
-@every
+@by_method
 def test_absent_and_unsampled_sites_do_no_harm(method: Method, tmp_path: Path) -> None:
     """Two of three sites a round, of unequal weights; a is absent in round 3, c returns after two rounds."""
     if method.pools:
@@ -300,7 +300,7 @@ def test_absent_and_unsampled_sites_do_no_harm(method: Method, tmp_path: Path) -
             assert 0.0 <= reply.metrics["confidence"] <= 1.0  # false for NaN
 
 
-@every
+@by_method
 def test_reported_bytes_are_the_bytes_that_moved(method: Method, tmp_path: Path) -> None:
     tiny_run(method, tmp_path, disk=True)
     sites = tiny_sites(method)

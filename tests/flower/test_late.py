@@ -245,7 +245,7 @@ def test_the_command_refuses_before_anything_is_started(kits: Path, tmp_path: Pa
     how: dict[str, Any] = {"host": "", "deadline": 1.0, "patience": 0.0, "watch": 0, "log": None}
     kit = load(kits / "coordinator", "coordinator")
     with pytest.raises(ConfigError, match=r"no site 'wset'.*\n.*'west'"):
-        lead(kit, tmp_path / "out", config, [], notify=lambda event: None, late=["wset"], **how)
+        lead(kit, tmp_path / "out", config, [], notify=print, show=print, late=["wset"], **how)
     assert not (kits / "coordinator" / "superlink").exists()
 
 

@@ -88,6 +88,7 @@ def test_confrere_coordinator_prints_a_line_a_round(
 
         def conduct(self, experiment: Any, out: Path, begun: Callable[[], None], **how: Any) -> dict[str, Any]:
             begun()
+            write_json(out / "status.json", {"sites": {}})
             for event in (METHOD, JUDGED):
                 self.show(event)
             return {"headline": "Joining paid."}
