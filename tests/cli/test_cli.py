@@ -152,6 +152,7 @@ def test_resume_refuses_another_split_and_a_broken_journal(command: Cli, data: P
     assert "line 1" in command("resume", out, code=5)
 
 
+@pytest.mark.slow
 def test_a_comparison_keeps_to_its_place_and_goes_on(command: Cli, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     arguments = ["compare", data, "--methods", "fedit,local", "--seeds", "0", "--no-controls", *PLAIN, "--out"]

@@ -156,6 +156,7 @@ def compared(sets: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+@pytest.mark.slow
 def test_two_data_sets_controls_and_tests(compared: Path) -> None:
     found = json.loads((compared / "comparison.json").read_text())
     assert [m["name"] for m in found["methods"]] == ["fedit", "fedopal:head=local", "local", "pooled"]

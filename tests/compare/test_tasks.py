@@ -43,6 +43,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_runs(compared: Path) -> None:
     found = json.loads((compared / "comparison.json").read_text())
     assert found["task"] == MASKS

@@ -114,6 +114,7 @@ def test_initial_draws_of_general_and_personal_differ_and_personal_by_site() -> 
 @pytest.mark.parametrize(
     ("regulariser", "side"), [("W-A2", "A"), ("W-B", "B"), ("R-cos", "outputs"), ("W-D", "product")]
 )
+@pytest.mark.slow
 def test_the_penalised_side_is_separated(regulariser: str, side: str, tmp_path: Path) -> None:
     """Reproduces the geometry of the specification: several times less overlap, on the side that is penalised."""
     found = {}

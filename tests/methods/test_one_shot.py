@@ -436,6 +436,7 @@ def random_like(vector: Tensors, generator: torch.Generator) -> Tensors:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
 def test_random_is_far_below_single_below_fused_below_all_data(seed: int) -> None:
     """The ordering of the paper; and a plain sum overshoots where no statistics can be restored."""
     digits, method = Digits(seed), make("data-vectors")

@@ -96,6 +96,7 @@ def shifted(method: Method) -> dict[str, Site]:
     return sites
 
 
+@pytest.mark.slow
 def test_with_labels_that_differ_between_sites_methods_with_a_local_part_win(tmp_path: Path) -> None:
     """The ordering of the specification's trial: all personalised methods far above one shared adapter."""
     scores = {}

@@ -58,6 +58,7 @@ def audited(sigma: float, seed: int, total: Sum = clipped_sum) -> float:
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 2.0, 4.0])
+@pytest.mark.slow
 def test_the_bound_stays_below_what_is_promised(epsilon: float) -> None:
     sigma = calibrate_sigma(epsilon, rounds=STEPS, delta=DELTA, rate=RATE)
     found = [audited(sigma, seed) for seed in range(5)]

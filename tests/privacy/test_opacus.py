@@ -79,6 +79,7 @@ def test_clipped_sums_and_steps_are_those_of_opacus(clip: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")  # it is the same order for both
+@pytest.mark.slow
 def test_epsilon_is_that_of_opacus_by_renyi_divergence() -> None:
     """G22, on 200 plans."""
     from opacus.accountants import RDPAccountant

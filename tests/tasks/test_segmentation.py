@@ -162,6 +162,7 @@ def test_what_does_not_go_together_is_refused(changes: list[str], where: str) ->
     assert caught.value.fix
 
 
+@pytest.mark.slow
 def test_learns_from_masks_resumes_and_predicts_files(place: Path, tmp_path: Path) -> None:
     """Bright discs are found far better than by chance; a mask has the size and the place of its image."""
     changes = [
