@@ -200,11 +200,11 @@ def test_a_run_makes_a_start_that_a_run_takes(done: tuple[Path, Path], tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fedit", "local", "pooled", "fedadam", "fedprox", "scaffold", "ditto", "fedit-ft"])
+@pytest.mark.parametrize("method", ["fedit", "local", "pooled", "fedadam", "fedprox", "scaffold"])
 def test_every_method_makes_a_start(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
     data, out = hospitals(tmp_path / "data", each=4), tmp_path / "pre"
-    start(data, out, small(data, method), [], quiet=True)
+    start(data, out, small(data, method), ["train.steps=2"], quiet=True)
     made = out / "adapters" / "north" / "backbone" if method == "local" else out / GENERAL
     weights = load_file(made / "model.safetensors")
     start(data, tmp_path / "run", labelled(data, made), [], quiet=True)
