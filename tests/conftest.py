@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from error_codes import on_page
 from hypothesis import HealthCheck, settings
+from nursery import Nursery
 from pages import browse
 
 from confrere.errors import ConfrereError
@@ -30,6 +32,14 @@ def _one_thread() -> None:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A browser without a screen."""
     yield from browse(tmp_path_factory.mktemp("profile"))
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Forks of one process that has its imports done."""
+    started = Nursery({**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path_factory.mktemp("nursery") / "said")
+    yield started
+    started.close()
 
 
 def pytest_configure(config: pytest.Config) -> None:

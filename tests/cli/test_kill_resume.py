@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,13 +60,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, errors = done.communicate(timeout=200)
     assert done.returncode == 0, errors.decode()
     return folder
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    started = Nursery({**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path_factory.mktemp("nursery") / "said")
-    yield started
-    started.close()
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from members import (
     experiment_for,
     in_one_process,
     make_images,
-    make_kits,
     make_members,
     run_members,
     says,
@@ -28,16 +27,6 @@ from confrere.verify import verify
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_kits(tmp_path_factory.mktemp("kits"))
-
-
-@pytest.fixture
-def members(kits: Path, images: Path, tmp_path: Path) -> Members:
-    return make_members(kits, images, tmp_path / "state")
 
 
 @pytest.mark.parametrize(

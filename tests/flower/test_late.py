@@ -14,7 +14,6 @@ from members import (
     assert_same,
     experiment_for,
     make_images,
-    make_kits,
     make_members,
     run_members,
     says,
@@ -36,16 +35,6 @@ class Stopped(Exception):  # noqa: N818
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), patients=6)
-
-
-@pytest.fixture(scope="module")
-def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_kits(tmp_path_factory.mktemp("kits"))
-
-
-@pytest.fixture
-def members(kits: Path, images: Path, tmp_path: Path) -> Members:
-    return make_members(kits, images, tmp_path / "state")
 
 
 @pytest.fixture(scope="module")

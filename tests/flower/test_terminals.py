@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from members import SMALL, make_kits
+from members import SMALL
 
 pytest.importorskip("flwr", reason="the extra flower is not installed")
 
@@ -36,11 +36,6 @@ JUDGED = {"event": "evaluation", "round": 1, "sites": {"north": 0.75, "south": N
 LOST = {"event": "failure", "round": 1, "site": "south", "code": "no-answer", "reason": "no \x1b[31manswer"}
 DATA = {"event": "data", "sheet": {"sites": {}, "warnings": []}}
 GONE = NetworkError("nothing listens on this port", where="here:1", code="net-refused")
-
-
-@pytest.fixture(scope="module")
-def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_kits(tmp_path_factory.mktemp("kits"))
 
 
 def test_events_of_the_run_reach_the_coordinator_a_line_each(tmp_path: Path) -> None:

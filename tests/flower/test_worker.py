@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from members import Members, experiment_for, make_images, make_kits, make_members
+from members import Members, experiment_for, make_images, make_members
 
 from confrere.consortium import states
 from confrere.consortium.frame import PROTOCOL
@@ -24,11 +24,6 @@ JOB = "0123456789abcdef"
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), patients=5)
-
-
-@pytest.fixture(scope="module")
-def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_kits(tmp_path_factory.mktemp("kits"))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,6 @@ def whole(place: Path) -> dict[str, str]:
     code, said = finished(start(place, place / "whole", "none", "run", "--quiet"))
     assert code == 0, said
     return tensors(place / "whole")
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    started = Nursery({**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path_factory.mktemp("nursery") / "said")
-    yield started
-    started.close()
 
 
 MOMENTS = (
