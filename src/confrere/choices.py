@@ -76,6 +76,8 @@ class TrainChoice(Part):
     """Local training in one round; see :class:`confrere.learner.TrainSettings`."""
 
     lr: float = Field(default=1e-3, gt=0, le=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     batch_size: int = Field(default=16, ge=1, le=4096)
     steps: int = Field(default=10, ge=1)

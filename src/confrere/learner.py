@@ -13,7 +13,7 @@ from torch import Tensor
 
 from confrere.backbones import Backbone
 from confrere.errors import TrainingError
-from confrere.optimiser import AdamW
+from confrere.optimiser import AdamW, accumulate, correct_gradients, scheduled
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tasks import Objective
 from confrere.tensors import Tensors
@@ -25,7 +25,9 @@ class TrainSettings:
     """How a site trains in one round.
 
     Args:
-        lr: AdamW learning rate. weight_decay: of AdamW.
+        lr: AdamW learning rate, the highest of a run. weight_decay: of AdamW.
+        schedule: ``constant`` or ``cosine``, and ``warmup``: share of the run in which the rate rises; see
+            :func:`confrere.optimiser.scheduled`.
         batch_size: images a step. steps: optimiser steps a round, the same for every method.
         balance: ``sampling`` draws classes equally often (with replacement), ``weights`` shuffles and weights the
             loss by inverse class counts, ``none`` shuffles.
@@ -35,6 +37,8 @@ class TrainSettings:
     """
 
     lr: float = 1e-3
+    schedule: str = "constant"
+    warmup: float = 0.0
     weight_decay: float = 0.01
     batch_size: int = 16
     steps: int = 10
@@ -77,6 +81,15 @@ class Learner:
         for step in range(steps):
             part = slice(step * size, (step + 1) * size)
             yield self.data.batch(order[part], None if views is None else views[part])
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of ``step``, counted from 0, of a training of ``steps`` steps in this round.
+
+        A step stands at its middle, so that no rate is 0, not even that of a single step of a single round. Every
+        training of a round spans the whole round, whatever its number of steps.
+        """
+        progress = (self.round - 1 + (step + 0.5) / steps) / self.rounds
+        return scheduled(self.settings.lr, self.settings.schedule, self.settings.warmup, progress)
 
     def fit(
         self,
@@ -125,15 +138,16 @@ class Learner:
                 optimiser.zero_grad()
                 torch.autograd.backward(value)
                 if mean_gradient is not None:
-                    _accumulate(mean_gradient, trained, 1 / steps)
+                    accumulate(mean_gradient, trained, 1 / steps)
                 if correct is not None:
-                    _accumulate_into(trained, correct)
+                    correct_gradients(trained, correct)
                 norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), cfg.clip)
                 if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
                     what = "the training loss or its gradient is not finite"
                     where = f"site {self.site}, round {self.round}, step {len(losses)}"
                     fix = "lower train.lr, or lower method.lam if the method has one"
                     raise TrainingError(what, where=where, fix=fix, code="diverged")
+                optimiser.lr = self.rate(len(losses) - 1, steps)
                 optimiser.step()
         self.metrics["loss"] = sum(losses) / max(1, len(losses))
         return {n: t.detach().cpu() for n, t in leaves.items()}
@@ -190,20 +204,6 @@ class Learner:
         with self.backbone.dropout(None):
             found = self.backbone.features(params, batch.tokens)
         return found.mean((1, 2)) if self.backbone.task.dense else found
-
-
-def _accumulate(into: dict[str, Tensor], trained: Tensors, weight: float) -> None:
-    """Add ``weight`` times each tensor's gradient (zero without one)."""
-    for name, tensor in trained.items():
-        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.detach() * weight
-        into[name] = into[name] + gradient.cpu() if name in into else gradient.cpu()
-
-
-def _accumulate_into(trained: Tensors, correct: Tensors) -> None:
-    """Add the correction to the gradients of the tensors it names."""
-    for name in sorted(trained.keys() & correct.keys()):
-        tensor, extra = trained[name], correct[name].to(trained[name].device)
-        tensor.grad = extra.clone() if tensor.grad is None else tensor.grad + extra
 
 
 Scores = Callable[[Backbone, Tensors, Tensor], Tensor]

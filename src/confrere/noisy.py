@@ -80,6 +80,7 @@ class NoisyLearner(Learner):
                 trained[name].grad = gradient.to(device)
             if penalty is not None:  # of tensors that are private already: it needs no noise
                 torch.autograd.backward(penalty(leaves, Batch(nothing, nothing)))
+            optimiser.lr = self.rate(step, steps)
             optimiser.step()
         if not all(bool(torch.isfinite(t).all()) for t in trained.values()):
             where, fix = f"site {self.site}, round {self.round}", "lower train.lr"

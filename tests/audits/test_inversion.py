@@ -59,7 +59,7 @@ def test_what_one_step_of_adamw_shows_is_the_sign_of_the_gradient() -> None:
     one = learner(backbone, inversion_bench._only(data, np.array([0])))
     with backbone.dropout(None):
         change = sub(one.fit(before), before)
-    shown = inversion_bench.gradient_of(change, before, one.settings)
+    shown = inversion_bench.gradient_of(change, before, one.rate(0, 1), one.settings.weight_decay)
     for name in (head.WEIGHT, head.BIAS):
         np.testing.assert_allclose(shown[name].abs(), 1.0, atol=0.02)
 
@@ -99,7 +99,7 @@ def test_what_is_inverted_is_what_the_method_sends(name: str, options: dict[str,
     payload, _ = method.update(own, bench.received, bench.kept)
     change = sub(payload["shared"], bench.received["shared"])
     wanted = {n: v for n, v in change.items() if v.any()}
-    shown = inversion_bench.gradient_of(wanted, bench.before, own.settings)
+    shown = inversion_bench.gradient_of(wanted, bench.before, 1e-3, own.settings.weight_decay)
     assert found.gradient.keys() == shown.keys() >= set(head.NAMES)
     for key, value in shown.items():
         torch.testing.assert_close(found.gradient[key], value, rtol=0, atol=0)

@@ -37,9 +37,12 @@ class Victim:
     images: Tensor
 
 
-def gradient_of(change: Tensors, before: Tensors, settings: TrainSettings) -> dict[str, Tensor]:
-    """Return what the change of AdamW says of the gradient: its sign, nearly, after one step; then a mixture."""
-    return {n: -value / settings.lr - settings.weight_decay * before[n] for n, value in change.items()}
+def gradient_of(change: Tensors, before: Tensors, rate: float, weight_decay: float) -> dict[str, Tensor]:
+    """Return what the change of AdamW says of the gradient: its sign, nearly, after one step; then a mixture.
+
+    ``rate``: of that step, or that in the middle of several.
+    """
+    return {n: -value / rate - weight_decay * before[n] for n, value in change.items()}
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Bench:
             raise ConfigError(what, where="method.name", fix=fix, code="audit")
         return Victim(
             before=self.before,
-            gradient=gradient_of(change, self.before, settings),
+            gradient=gradient_of(change, self.before, learner.rate(0, 1), settings.weight_decay),
             images=own.batch(np.arange(len(rows))).tokens.float(),
         )
 

@@ -68,10 +68,11 @@ class Frame:
     def learner(self, site: str, number: int, *, forgotten: bool = False) -> Learner:
         """Return what trains at a site in round ``number`` of forgetting, on what it keeps or on what is ``forgotten``.
 
-        Batches are drawn at addresses that no round of training has.
+        Batches are drawn at addresses that no round of training has. The rate is constant: the run's is over.
         """
         chosen, experiment = self.task.experiment.train, self.task.experiment
-        settings = TrainSettings(**{**chosen.model_dump(), **({"views": 1} if forgotten else {})})
+        changed = {"schedule": "constant", "warmup": 0.0, **({"views": 1} if forgotten else {})}
+        settings = TrainSettings(**{**chosen.model_dump(), **changed})
         return Learner(
             backbone=self.task.backbone_of(site),
             data=self.gone[site] if forgotten else self.task.data[site],

@@ -36,7 +36,8 @@ class Scaffold(Method):
     The head has no variate. It starts at zero, so its bias' first raw gradient would be 1/K minus the class shares.
 
     Differences from the paper: the optimiser is AdamW, not SGD. The correction enters the gradient before its norm
-    is clipped and its moments are taken, so option II's formula would not give the mean gradient; we accumulate it.
+    is clipped and its moments are taken, so option II's formula would not give the mean gradient; we accumulate it,
+    every step alike whatever its rate.
     Means are weighted as the sites are (``federation.weights``), in c as in x; the paper's are uniform. c spans the
     sites heard so far, and one that is new trains its first round without correction; in the paper both start at
     zero. The server's learning rate is 1. The head is averaged without correction.

@@ -56,7 +56,9 @@ def onboard(
         )
     classes = tuple(offered.info["classes"])
     rows = tokens(offered.backbone, new.site, classes, cache_dir())
-    settings = TrainSettings(**{**offered.experiment.train.model_dump(), "steps": steps, "views": 1})
+    # No rounds here, so no schedule: the rate is constant.
+    changed = {"steps": steps, "views": 1, "schedule": "constant", "warmup": 0.0}
+    settings = TrainSettings(**{**offered.experiment.train.model_dump(), **changed})
 
     def learner(split: np.ndarray, number: int) -> Learner:
         part = replace(rows, split=split)
