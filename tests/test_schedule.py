@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from confrere.privacy.mechanism import Mechanism
 from confrere.record.run import Run
 from confrere.tensors import State, digest, sub
 
-COSINE = {"schedule": "cosine", "warmup": 0.25}
+COSINE: dict[str, Any] = {"schedule": "cosine", "warmup": 0.25}
 
 
 def with_rate(schedule: str, warmup: float, round_: int, rounds: int, lr: float = 1.0) -> Learner:

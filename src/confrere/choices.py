@@ -85,6 +85,7 @@ class TrainChoice(Part):
     loss: str = ""
     clip: float = Field(default=1.0, gt=0)
     views: Literal[1, 2, 4, 8] = 1
+    foreground: float = Field(default=0.0, ge=0, le=1)
 
 
 class FederationChoice(Part):

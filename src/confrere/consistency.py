@@ -10,6 +10,7 @@ from confrere.backbones.volume_folder import reads_volumes
 from confrere.errors import ConfigError
 from confrere.federation.secure.settings import check_alone, check_method
 from confrere.method import METHODS, Method, make
+from confrere.tasks.volume_segmentation import VolumeSegmentation
 
 if TYPE_CHECKING:
     from confrere.config import Experiment
@@ -70,6 +71,9 @@ def _check_task(experiment: Experiment) -> None:
     if train.balance == "weights" and not task.weighted:
         fix = 'use "sampling" or "none"'
         raise ConfigError(f"{task.name} has no class weights", where="train.balance", fix=fix, code="task")
+    if train.foreground and not isinstance(task, VolumeSegmentation):
+        what, fix = f"{task.name} has no windows around a foreground", 'leave it out, or use task="volume-segmentation"'
+        raise ConfigError(what, where="train.foreground", fix=fix, code="task")
     name = experiment.backbone.name
     whole = (name in REGISTRY and REGISTRY[name].kind in WHOLE) or reads_volumes(name)
     for method in (experiment.build_method(), *map(make, experiment.controls)):

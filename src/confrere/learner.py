@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from confrere.backbones import Backbone
+from confrere.backbones.windows import centred
 from confrere.errors import TrainingError
 from confrere.optimiser import AdamW, accumulate, correct_gradients, scheduled
 from confrere.seeds import numpy_generator, torch_generator
@@ -33,6 +34,8 @@ class TrainSettings:
             loss by inverse class counts, ``none`` shuffles.
         loss: one of the task's; empty: its first.
         clip: largest gradient norm of a step.
+        foreground: chance that the window of a volume is centred on its foreground, see
+            :func:`confrere.backbones.windows.centred`.
         views: in how many orientations training images are seen: 2 mirrored, 4 also upside down, 8 also turned.
     """
 
@@ -46,6 +49,7 @@ class TrainSettings:
     loss: str = ""
     clip: float = 1.0
     views: int = 1
+    foreground: float = 0.0
 
 
 @dataclass
@@ -73,11 +77,8 @@ class Learner:
         else:
             epochs = math.ceil(steps * size / len(rows))
             order = np.concatenate([rng.permutation(rows) for _ in range(epochs)])[: steps * size]
-        if self.settings.views == 1:
-            views = None
-        else:
-            draw = numpy_generator(self.seed, "views", tag, self.round, self.site)
-            views = draw.integers(self.settings.views, size=len(order))
+        draw = numpy_generator(self.seed, "views", tag, self.round, self.site)
+        views = draw.integers(self.settings.views, size=len(order)) if self.settings.views > 1 else None
         for step in range(steps):
             part = slice(step * size, (step + 1) * size)
             yield self.data.batch(order[part], None if views is None else views[part])
@@ -154,7 +155,8 @@ class Learner:
 
     def loss(self, params: Tensors, batch: Batch, *, capture: bool = False) -> Tensor:
         """Return the task loss of a batch, a scalar with gradient with respect to ``params``."""
-        logits = self.backbone.logits(params, batch.tokens, capture=batch.inputs if capture else None)
+        with centred(self.backbone.anatomy, batch.labels, self.settings.foreground):
+            logits = self.backbone.logits(params, batch.tokens, capture=batch.inputs if capture else None)
         return self._task(logits, batch.labels)
 
     def sweep(self, split: str, *, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:

@@ -109,7 +109,7 @@ def depth_of(experiment: Experiment, federation: Federation, site: str = "") -> 
 def load_backbone(experiment: Experiment, federation: Federation, depth: int | None) -> Backbone:
     """Return the frozen model with ``depth`` blocks and room for what the method trains."""
     method, spec, adapter = experiment.build_method(), experiment.backbone, experiment.adapter
-    return load(
+    backbone = load(
         spec.name,
         lora=lora.LoraSpec(
             slots=method.all_slots,
@@ -127,3 +127,10 @@ def load_backbone(experiment: Experiment, federation: Federation, depth: int | N
         precision=experiment.engine.precision,
         task=experiment.build_task(),
     )
+    if experiment.train.foreground and getattr(backbone.anatomy.root, "window", None) == backbone.image_size:
+        what, fix = (
+            "a window as large as the volumes cannot be moved to the foreground",
+            "give a smaller backbone.patch",
+        )
+        raise ConfigError(what, where="train.foreground", fix=f"{fix}, or leave it out", code="value")
+    return backbone

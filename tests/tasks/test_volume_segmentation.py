@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ import torch
 from typer.testing import CliRunner
 from volume_files import hospitals, save
 
+from confrere.adapters.dropout import Chance
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import Backbone, load
+from confrere.backbones.windows import centred, somewhere
 from confrere.cli import app
 from confrere.config import validate
 from confrere.console import start
 from confrere.data.patches import sliding
 from confrere.errors import BackboneError, ConfigError
+from confrere.learner import Learner, TrainSettings
 from confrere.method import METHODS
 from confrere.metrics.masks import evaluate_masks
 from confrere.record.files import read_json
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tasks import make_task
 from confrere.tasks.segmentation import dice_terms
+from confrere.tokenset import Batch
 
 SIZE, WINDOW = (32, 32, 48), (32, 32, 32)
 TASK = make_task({"name": "volume-segmentation"})
@@ -85,6 +90,74 @@ def test_training_sees_one_window_of_each_volume_and_learns_nothing_elsewhere() 
     torch.testing.assert_close(value, cross + dice)
     torch.autograd.backward(value)
     assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves.values())
+
+
+def corner_masks(count: int) -> torch.Tensor:
+    """Return masks whose only foreground is one voxel in a far corner, which few windows anywhere would show."""
+    masks = torch.zeros(count, *SIZE, dtype=torch.uint8)
+    masks[:, 31, 30, 47] = 1
+    return masks
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1 / 17), (0.5, 9 / 17), (1.0, 1.0)])
+def test_a_share_of_the_windows_lies_around_the_foreground(share: float, expected: float) -> None:
+    chance, masks = Chance(), corner_masks(400)
+    chance.generator = torch_generator(0, "windows")
+    inputs = torch.zeros(400, 1, 1, 1, 1).expand(400, 1, *SIZE)
+    found = somewhere(inputs, WINDOW, chance, masks, share)
+    assert all((cut.stop - cut.start, cut.start >= 0) == (32, True) for one in found for cut in one)
+    assert all(cut.stop <= side for one in found for cut, side in zip(one, SIZE, strict=True))
+    shown = [bool(mask[one].any()) for mask, one in zip(masks, found, strict=True)]
+    assert np.mean(shown) == pytest.approx(expected, abs=0.07)
+
+
+def test_windows_around_the_foreground_are_those_of_draw_patches() -> None:
+    masks = (torch.rand(5, *SIZE, generator=torch_generator(1, "masks")) < 1e-4).to(torch.uint8)
+    masks[2] = 0
+    numbers = torch.arange(5 * 32 * 32 * 48, dtype=torch.float64).view(5, 1, *SIZE)
+    draws = torch.rand(5, 5, generator=torch_generator(0, "w"), dtype=torch.float32)
+    chance = Chance()
+    chance.generator = torch_generator(0, "w")
+    found = somewhere(numbers, (9, 10, 11), chance, masks, 0.8)
+    for row, one in enumerate(found):
+        centred, which, *anywhere = draws[row].tolist()
+        voxels = np.argwhere(masks[row].numpy() > 0)
+        for axis, cut in enumerate(one):
+            free = SIZE[axis] - (9, 10, 11)[axis]
+            expected = int(anywhere[axis] * (free + 1))
+            if centred < 0.8 and len(voxels):
+                middle = voxels[int(which * len(voxels))][axis]
+                expected = int(np.clip(middle - (9, 10, 11)[axis] // 2, 0, free))
+            assert cut.start == expected
+
+
+def test_a_learner_centres_the_windows_of_its_own_training_alone() -> None:
+    backbone, given, masks = network(), params(network()), corner_masks(2)
+    root: Any = backbone.anatomy.root
+
+    def seen(share: float) -> torch.Tensor:
+        with backbone.dropout(torch_generator(3, "step")), centred(backbone.anatomy, masks, share):
+            return backbone.logits(given, volumes())[:, -1]
+
+    with backbone.dropout(torch_generator(3, "step")):
+        plain = backbone.logits(given, volumes())[:, -1]
+    assert torch.equal(seen(0.0), plain)
+    assert (seen(1.0)[:, 31, 30, 47] == 1).all()
+    assert not torch.equal(seen(1.0), plain)
+    assert (root.masks, root.share) == (None, 0.0)
+    with pytest.raises(RuntimeError), centred(backbone.anatomy, masks, 1.0):
+        raise RuntimeError
+    assert root.masks is None
+    settings = TrainSettings(steps=1, batch_size=2, balance="none", foreground=1.0)
+    data: Any = None
+    learner = Learner(backbone=backbone, data=data, settings=settings, seed=0, site="a", round=1, rounds=1)
+    asked: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch, backbone.dropout(torch_generator(3, "step")):
+        patch.setattr(Learner, "_task", lambda self, outputs, labels: asked.append(outputs) or outputs.sum())
+        learner.loss(given, Batch(volumes(), masks))
+        replace(learner, settings=replace(settings, foreground=0.0)).loss(given, Batch(volumes(), masks))
+    assert (asked[0][:, -1, 31, 30, 47] == 1).all()
+    assert (asked[1][:, -1, 31, 30, 47] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["unet", "unetr"])
@@ -182,6 +255,10 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
         ({"data": {}}, "backbone-kind"),
         ({"backbone": {"name": "test-vit"}}, "backbone-kind"),
         ({"backbone": {"name": "unet", "patch": [4, 16, 16]}}, "value"),
+        ({"train": {"foreground": 1.5}}, "value"),
+        ({"train": {"foreground": 0.5}}, "value"),  # the window is the volume
+        ({"task": "lwi", "train": {"foreground": 0.5}}, "task"),
+        ({"task": "segmentation", "train": {"foreground": 0.5}}, "task"),
     ],
 )
 def test_what_does_not_go_together_is_refused(change: dict[str, Any], code: str, tmp_path: Path) -> None:

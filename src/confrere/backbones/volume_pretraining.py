@@ -19,7 +19,8 @@ from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.loading import Loaded
 from confrere.backbones.registry import Entry
 from confrere.backbones.volume_nets import Size
-from confrere.backbones.volumetric import build, somewhere
+from confrere.backbones.volumetric import build
+from confrere.backbones.windows import somewhere
 from confrere.networks import capture, initialise, output_name
 from confrere.pretext.lwi import Puzzle, judge, order_heads, puzzle
 from confrere.seeds import torch_generator

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from confrere.adapters.dropout import Chance
 from confrere.backbones.anatomy import Anatomy
 from confrere.backbones.volume_nets import Size, Unet, Unetr
-from confrere.data.patches import sliding
+from confrere.backbones.windows import Windowed
 from confrere.errors import BackboneError, ConfigError, MissingExtraError, nearest
 from confrere.networks import initialise, output_name
 from confrere.seeds import torch_generator
@@ -129,50 +128,6 @@ def _swin(channels: int, classes: int, width: int, heads: int, depth: int, windo
         window_size=window,
     )
     return net
-
-
-class Windowed(nn.Module):
-    """A network that trains on one random window of each volume, and looks at a whole one through many."""
-
-    def __init__(self, net: nn.Module, window: Size) -> None:
-        super().__init__()
-        self.net, self.window, self.chance = net, window, Chance()
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """Return the last maps, and 1 where the network looked (B, X, Y, Z, D + 1), of volumes (B, X, Y, Z, 1)."""
-        inputs = volumes.movedim(-1, 1)
-        if tuple(inputs.shape[2:]) == self.window:
-            maps, seen = self.net(inputs), inputs.new_ones(len(inputs), 1, *self.window)
-        elif self.chance.generator is None:
-            maps = sliding(self.net, inputs, self.window, overlap=0.25, batch_size=4)
-            seen = maps.new_ones(len(maps), 1, *maps.shape[2:])
-        else:
-            maps, seen = self._somewhere(inputs)
-        return torch.cat([maps, seen], 1).movedim(1, -1)
-
-    def _somewhere(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        places = somewhere(inputs, self.window, self.chance)
-        found = self.net(
-            torch.stack([volume[(slice(None), *place)] for volume, place in zip(inputs, places, strict=True)])
-        )
-        maps = found.new_zeros(len(inputs), found.shape[1], *inputs.shape[2:])
-        seen = found.new_zeros(len(inputs), 1, *inputs.shape[2:])
-        for row, place in enumerate(places):
-            maps[(row, slice(None), *place)] = found[row]
-            seen[(row, slice(None), *place)] = 1
-        return maps, seen
-
-
-def somewhere(inputs: Tensor, window: Size, chance: Chance) -> list[tuple[slice, ...]]:
-    """Return a place for one window in each of volumes (B, C, X, Y, Z), every place as likely as any other."""
-    room = [there - side + 1 for there, side in zip(inputs.shape[2:], window, strict=True)]
-    draws = chance(inputs.new_empty(len(inputs), 3, dtype=torch.float32)).tolist()
-    return [
-        tuple(
-            slice(int(part * free), int(part * free) + side) for part, free, side in zip(row, room, window, strict=True)
-        )
-        for row in draws
-    ]
 
 
 def checked_window(name: str, size: tuple[int, ...] | None, window: Size | None) -> Size:

@@ -43,18 +43,34 @@ def draw_patches(
         raise ConfigError("foreground must be 0 to 1", where="foreground")
     draws = torch.rand(len(volumes), 5, generator=generator, dtype=torch.float64)
     patches, kept = [], []
-    for volume, label, (centred, which, *place) in zip(volumes, labels, draws.tolist(), strict=True):
-        room = [there - side + 1 for there, side in zip(whole, size, strict=True)]
-        start = [int(part * free) for part, free in zip(place, room, strict=True)]
-        inside = torch.nonzero(label) if centred < foreground else label.new_empty(0)
-        if len(inside):
-            voxel = inside[int(which * len(inside))].tolist()
-            near = (at - side // 2 for at, side in zip(voxel, size, strict=True))
-            start = [min(max(0, at), free - 1) for at, free in zip(near, room, strict=True)]
-        cut = tuple(slice(at, at + side) for at, side in zip(start, size, strict=True))
+    for volume, label, row in zip(volumes, labels, draws.tolist(), strict=True):
+        cut = place(size, whole, row, label, foreground)
         patches.append(volume[(slice(None), *cut)])
         kept.append(label[cut])
     return torch.stack(patches), torch.stack(kept)
+
+
+def place(
+    size: Size, whole: Sequence[int], draws: Sequence[float], label: Tensor | None = None, foreground: float = 0.0
+) -> tuple[slice, ...]:
+    """Return where a patch of ``size`` voxels is cut out of a volume of ``whole`` voxels.
+
+    Args:
+        size: along X, Y, Z.
+        whole: the same, at least ``size``.
+        draws: in [0, 1): whether and on which voxel of the foreground the patch is centred, and where it is otherwise
+            along X, Y, Z. The first two may be left out without ``label``.
+        label: (X, Y, Z), integers; None: every place is as likely as any other.
+        foreground: chance of the first, see :func:`draw_patches`.
+    """
+    room = [there - side + 1 for there, side in zip(whole, size, strict=True)]
+    start = [int(part * free) for part, free in zip(draws[-3:], room, strict=True)]
+    inside = torch.nonzero(label) if label is not None and draws[0] < foreground else ()
+    if len(inside):
+        voxel = inside[int(draws[1] * len(inside))].tolist()
+        near = (at - side // 2 for at, side in zip(voxel, size, strict=True))
+        start = [min(max(0, at), free - 1) for at, free in zip(near, room, strict=True)]
+    return tuple(slice(at, at + side) for at, side in zip(start, size, strict=True))
 
 
 def sliding(
