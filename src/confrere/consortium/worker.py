@@ -10,7 +10,7 @@ import re
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from confrere.consortium.census import simulated
 from confrere.consortium.frame import PROTOCOL, SAME, Arrays, failure
 from confrere.consortium.kit import Kit
 from confrere.consortium.policy import Policy, check, check_request
+from confrere.consortium.spent import budgets, check_ever
 from confrere.data.federation import Federation, load_federation
 from confrere.errors import ConfigError, ConfrereError, PolicyError, TrainingError, UpdateRefusedError
 from confrere.export import About, export_model
+from confrere.federation.ledger import FILE, enter_unhidden
 from confrere.federation.secure.keys import Identity
 from confrere.federation.secure.participant import Participant
 from confrere.federation.site import Site
@@ -132,6 +134,8 @@ class Worker:
         request = states.asked(header, arrays)
         check_request(self.policy, request)
         torch.set_num_threads(threads(task.experiment, task.federation))
+        if site.ledger is None and kind != "evaluate":
+            enter_unhidden(self.state / FILE, self._name(training.path), sends=bool(task.method.sends))
         return states.answer(site.handle(request))
 
     def _training(self, header: Mapping[str, Any]) -> _Training:
@@ -157,19 +161,23 @@ class Worker:
 
     def _opened(self, name: str, part: str, text: str) -> _Training:
         """Return a training with its data read and its backbone loaded; the experiment of a job never changes."""
-        job, experiment = self.state / name, self._experiment(self.state / name, part, text.encode())
+        job, whole = self.state / name, self._experiment(self.state / name, part, text.encode())
+        experiment = whole.for_method(part) if part else whole
         path = job / "controls" / part if part else job
         self._open = None  # two backbones need not fit; what was refused above closes nothing
         check(self.policy, experiment, examples=None)
+        check_ever(self.policy, self.state / FILE, budgets(whole, name))
         task = prepare(experiment, self._federation(job, experiment), self.notify)
         site = make_site(task, self.site, Run(path))
+        if site.ledger is not None:  # one record of all jobs: it stays when the folder of a job goes
+            site.ledger = replace(site.ledger, file=self.state / FILE, training=self._name(path))
         if experiment.masked:
             site.secure = self._participant(experiment, path)
         check(self.policy, experiment, examples=len(site.data.rows("train")))
         return _Training((name, part, text), job, path, task, site)
 
     def _experiment(self, job: Path, part: str, content: bytes) -> Experiment:
-        """Return the experiment of a training as it is carried out here; the first of a job is written down."""
+        """Return the experiment of a job as it is carried out here; the first one is written down."""
         asked = validate(_values(content))
         if simulated(asked):
             what, fix = "this is a simulation", "leave it out, or run in one process: confrere run"
@@ -185,7 +193,11 @@ class Worker:
         full = validate({**override(_values(content), self.overrides), **own})
         if not (job / "experiment.toml").exists():
             write_bytes(job / "experiment.toml", full.toml().encode())
-        return full.for_method(part) if part else full
+        return full
+
+    def _name(self, path: Path) -> str:
+        """Return what a training is called in the record of what was spent."""
+        return path.relative_to(self.state).as_posix()
 
     def _participant(self, experiment: Experiment, path: Path) -> Participant:
         """Return what masks this site's updates, known to the others by the key in its kit."""
