@@ -177,6 +177,9 @@ def test_what_jobs_spend_is_added_up_and_a_job_beyond_the_limit_is_refused(
     private = (*PRIVATE, "privacy.epsilon=5", "method.name=fedit")
     header, arrays = request_of(worker, kits, 1, *private)
     assert "failure" not in worker.answer(header, arrays)[0]
+    worker.policy, worker._open = worker.policy.model_copy(update={"most_epsilon_ever": 1.0}), None
+    assert "failure" not in worker.answer({**header, "kind": "evaluate"}, arrays)[0]  # costs nothing
+    assert worker.answer({**header, "round": 2}, arrays)[0]["failure"]["code"] == "policy-spent"
     debits = (tmp_path / "north" / "privacy.jsonl").read_text().splitlines()
     assert [(json.loads(line)["training"], json.loads(line)["round"]) for line in debits] == [(JOB, 1)]
     assert not list((tmp_path / "north" / JOB).rglob("privacy.jsonl"))  # one record, above all jobs

@@ -46,15 +46,21 @@ LOCAL = ("data.", "engine.device=", "threads=", "workers=")
 """What a site may set for itself, where its files or its machine differ."""
 TOLD = (PolicyError, TrainingError, UpdateRefusedError)
 """Errors whose words may leave the site. Others could name files: of them only the code does."""
+FREE = ("evaluate", "export", "verdict")
+"""Requests that train nothing: a job whose budget is gone may still end."""
 Notify = Callable[[dict[str, Any]], None]
 Answer = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Training:
-    """One training of a job, opened: ``asked`` are job, part and experiment as the coordinator sent them."""
+    """One training of a job, opened: ``asked`` are job, part and experiment as the coordinator sent them.
+
+    ``trains``: whether its budget was looked at, so that it may be trained.
+    """
 
     asked: tuple[str, str, str]
+    trains: bool
     job: Path
     path: Path
     task: Prepared
@@ -154,19 +160,20 @@ class Worker:
         known = isinstance(job, str) and JOB.fullmatch(job) and isinstance(part, str) and isinstance(text, str)
         if not known:
             raise UpdateRefusedError("a request is not understood", fix=SAME, code="message-form")
-        asked = str(job), str(part), str(text)
-        if self._open is None or self._open.asked != asked:
-            self._open = self._opened(*asked)
+        asked, trains = (str(job), str(part), str(text)), header.get("kind") not in FREE
+        if self._open is None or self._open.asked != asked or (trains and not self._open.trains):
+            self._open = self._opened(*asked, trains=trains)
         return self._open
 
-    def _opened(self, name: str, part: str, text: str) -> _Training:
+    def _opened(self, name: str, part: str, text: str, *, trains: bool) -> _Training:
         """Return a training with its data read and its backbone loaded; the experiment of a job never changes."""
         job, whole = self.state / name, self._experiment(self.state / name, part, text.encode())
         experiment = whole.for_method(part) if part else whole
         path = job / "controls" / part if part else job
         self._open = None  # two backbones need not fit; what was refused above closes nothing
         check(self.policy, experiment, examples=None)
-        check_ever(self.policy, self.state / FILE, budgets(whole, name))
+        if trains:
+            check_ever(self.policy, self.state / FILE, budgets(whole, name))
         task = prepare(experiment, self._federation(job, experiment), self.notify)
         site = make_site(task, self.site, Run(path))
         if site.ledger is not None:  # one record of all jobs: it stays when the folder of a job goes
@@ -174,7 +181,7 @@ class Worker:
         if experiment.masked:
             site.secure = self._participant(experiment, path)
         check(self.policy, experiment, examples=len(site.data.rows("train")))
-        return _Training((name, part, text), job, path, task, site)
+        return _Training((name, part, text), trains, job, path, task, site)
 
     def _experiment(self, job: Path, part: str, content: bytes) -> Experiment:
         """Return the experiment of a job as it is carried out here; the first one is written down."""
