@@ -6,17 +6,22 @@ import io
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 ORANGE = (230, 85, 13)
+MADE_HERE = b"tEXtSoftware\0confrere predict"
+"""By which a picture is known as ours: near the beginning of the file, before its pixels."""
 LEGIBLE = 336  # pixels: small pictures are drawn larger
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Return a PNG of pixels (H, W, 3), enlarged to be legible, or of a mask (H, W), pixel by pixel."""
+    """Return a PNG of pixels (H, W, 3), enlarged to be legible, or of a mask (H, W), pixel by pixel; marked as ours."""
     picture = Image.fromarray(pixels)
     scale = max(1, LEGIBLE // pixels.shape[0]) if pixels.ndim == 3 else 1
-    buffer = io.BytesIO()
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    buffer, mark = io.BytesIO(), PngInfo()
+    mark.add(b"tEXt", MADE_HERE.removeprefix(b"tEXt"))
+    larger = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    larger.save(buffer, format="PNG", pnginfo=mark)
     return buffer.getvalue()
 
 

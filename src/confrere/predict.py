@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from confrere.data.paths import Root, fit_for_csv
 from confrere.errors import BackboneError, DataError, RunError
 from confrere.export import read_info
 from confrere.method import Method, make
+from confrere.picture_folders import picture_folders
 from confrere.pictures import outlined, placed, png
 from confrere.predict_boxes import predict_boxes
 from confrere.predict_volumes import predict_volumes
@@ -191,13 +192,15 @@ def predict_folder(
 
     Of a model for masks: a CSV with each class's share of the pixels, and beside it a folder of masks, as large as the
     images; what the model did not see, as it was cut off, is background. An overlay shows the mask's outline. Of a
-    model for volumes: see :mod:`confrere.predict_volumes`; for boxes: :mod:`confrere.predict_boxes`.
+    model for volumes: see :mod:`confrere.predict_volumes`; for boxes: :mod:`confrere.predict_boxes`. Folders
+    of an earlier prediction are replaced.
 
     ``note`` is told what a reader of the CSV should know. Returns the number of rows and one line per file that could
     not be read; such files are left out.
 
     Raises:
-        DataError: no image could be read. RunError: the site has no adapters, or its method no overlays.
+        DataError: no image could be read, or a folder of pictures holds something else.
+        RunError: the site has no adapters, or its method no overlays.
     """
     predictor = Predictor(run, site)
     if overlays and not predictor.backbone.task.dense:
@@ -222,6 +225,23 @@ def predict_folder(
         given = [fit_for_csv(name) for name in names]
         predict_boxes(predictor, images, given, sizes, out, overlays=overlays, batch_size=batch_size)
         return len(images), problems
+    dense = predictor.backbone.task.dense
+    with picture_folders(out, masks=dense, overlays=overlays > 0) as folders:
+        rows = _predicted(predictor, images, sizes, folders, overlays=overlays, batch_size=batch_size)
+    write_bytes(out, _csv(names, rows, predictor.columns, named=predictor.backbone.task.target == "label"))
+    return len(images), problems
+
+
+def _predicted(
+    predictor: Predictor,
+    images: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+    folders: Mapping[str, Path],
+    *,
+    overlays: int,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Return each image's line of the CSV, and write its pictures."""
     rows: list[np.ndarray] = []
     dense = predictor.backbone.task.dense
     for start in range(0, len(images), batch_size):
@@ -229,14 +249,13 @@ def predict_folder(
         for i, chances in enumerate(found, start):
             if dense:
                 mask = chances.argmax(0).astype(np.uint8)
-                write_bytes(out.with_name(out.stem + "_masks") / f"{i:04d}.png", png(placed(mask, sizes[i])))
+                write_bytes(folders["masks"] / f"{i:04d}.png", png(placed(mask, sizes[i])))
                 chances = np.bincount(mask.ravel(), minlength=len(predictor.classes)) / mask.size
             if i < overlays:
                 seen = png(outlined(images[i], mask)) if dense else predictor.overlay(images[i])
-                write_bytes(out.with_name(out.stem + "_overlays") / f"{i:04d}.png", seen)
+                write_bytes(folders["overlays"] / f"{i:04d}.png", seen)
             rows.append(chances)
-    write_bytes(out, _csv(names, rows, predictor.columns, named=predictor.backbone.task.target == "label"))
-    return len(images), problems
+    return rows
 
 
 def _decode(

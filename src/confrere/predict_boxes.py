@@ -12,6 +12,7 @@ import numpy as np
 
 from confrere.data.boxes import uncut
 from confrere.metrics.boxes import OPERATING
+from confrere.picture_folders import picture_folders
 from confrere.pictures import framed, png
 from confrere.record.files import write_bytes
 
@@ -43,16 +44,17 @@ def predict_boxes(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "class", "score", "x0", "y0", "x1", "y1"])
-    for start in range(0, len(images), batch_size):
-        found = predictor.probabilities(np.stack(images[start : start + batch_size]))
-        for i, one in enumerate(found, start):
-            boxes, image = one.T[one[5] > 0], images[i]
-            if i < overlays:
-                seen = png(framed(image, boxes[boxes[:, 4] >= OPERATING]))
-                write_bytes(out.with_name(out.stem + "_overlays") / f"{i:04d}.png", seen)
-            lines = [
-                [predictor.classes[int(box[5])], f"{box[4]:.6f}", *(f"{side:.1f}" for side in box[:4])]
-                for box in uncut(boxes, sizes[i], (image.shape[0], image.shape[1]))
-            ]
-            writer.writerows([names[i], *line] for line in lines or [[""] * 6])
+    with picture_folders(out, masks=False, overlays=overlays > 0) as folders:
+        for start in range(0, len(images), batch_size):
+            found = predictor.probabilities(np.stack(images[start : start + batch_size]))
+            for i, one in enumerate(found, start):
+                boxes, image = one.T[one[5] > 0], images[i]
+                if i < overlays:
+                    seen = png(framed(image, boxes[boxes[:, 4] >= OPERATING]))
+                    write_bytes(folders["overlays"] / f"{i:04d}.png", seen)
+                lines = [
+                    [predictor.classes[int(box[5])], f"{box[4]:.6f}", *(f"{side:.1f}" for side in box[:4])]
+                    for box in uncut(boxes, sizes[i], (image.shape[0], image.shape[1]))
+                ]
+                writer.writerows([names[i], *line] for line in lines or [[""] * 6])
     write_bytes(out, text.getvalue().encode(errors="surrogateescape"))

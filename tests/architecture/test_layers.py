@@ -30,7 +30,7 @@ ROWS = [
     {"federation"},
     {"consistency"},
     {"report", "verdicts", "export", "listing", "config"},
-    {"pretrain", "examination", "fingerprint", "opening", "arguments"},
+    {"pretrain", "examination", "fingerprint", "opening", "arguments", "picture_folders"},
     {"predict_volumes", "predict_boxes"},
     {"job", "track", "demo", "progress"},
     {"compare", "predict", "verify", "doctor"},

@@ -94,6 +94,19 @@ def test_classes_are_agreed_and_mapped(tmp_path: Path) -> None:
     assert caught.value.code == "classes"
 
 
+def test_the_sheet_counts_boxes_and_the_images_that_have_one(tmp_path: Path) -> None:
+    federation = read(write(tmp_path, GOOD), tmp_path / "c")
+    site = federation.sites[0]
+    assert site.targets is not None
+    counts = federation.sheet["sites"]["north"]["boxes"]
+    assert list(counts) == list(federation.classes[1:])
+    for k, name in enumerate(federation.classes[1:], 1):
+        each = [sum(box[4] == k for box in boxes) for boxes in site.targets[np.arange(len(site.labels))]]
+        assert counts[name] == {"boxes": sum(each), "images": sum(n > 0 for n in each)}
+    assert sum(count["boxes"] for count in counts.values()) > max(count["images"] for count in counts.values())
+    assert "findings" not in federation.sheet["sites"]["north"]
+
+
 def test_without_boxes_and_masks_the_column_is_missing(tmp_path: Path) -> None:
     table = write(tmp_path, GOOD)
     table.write_text(table.read_text().replace("boxes", "label", 1).replace(',"",', ',"x",'))

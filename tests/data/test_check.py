@@ -110,6 +110,31 @@ def test_a_single_small_count_cannot_be_had_by_subtraction():
     assert (shared["conflicts"], shared["bad_files"]) == ("<5", {"x": "<5"})
 
 
+def test_small_counts_of_findings_and_boxes_are_withheld_when_shared():
+    none = {"train": 0, "val": 0, "test": 0}
+    site = {
+        "images": 100, "patients": 60, "duplicates": 0, "conflicts": 0, "bad_files": {}, "formats": {}, "notes": {},
+        "splits": {}, "classes": {name: {**none, "total": n} for name, n in (("x", 70), ("y", 27), ("none", 3))},
+        "findings": {
+            "x": {"present": 70, "absent": 30, "unknown": 0},
+            "y": {"present": 27, "absent": 73, "unknown": 0},
+            "z": {"present": 3, "absent": 90, "unknown": 7},
+        },
+        "boxes": {
+            "x": {"boxes": 90, "images": 70}, "y": {"boxes": 30, "images": 27}, "few": {"boxes": 9, "images": 2},
+            "most": {"boxes": 120, "images": 97}, "no": {"boxes": 0, "images": 0}, "all": {"boxes": 100, "images": 100},
+        },
+    }  # fmt: skip
+    shared = suppress_small({"sites": {"a": site}})["sites"]["a"]
+    assert shared["classes"]["y"]["total"] == "withheld"  # "none" could be had from it; and from what follows, too
+    assert shared["findings"]["x"] == site["findings"]["x"]
+    assert shared["findings"]["y"] == {"present": "withheld", "absent": "withheld", "unknown": "withheld"}
+    assert shared["findings"]["z"] == {"present": "<5", "absent": 90, "unknown": "withheld"}
+    hidden = {"boxes": "withheld", "images": "withheld"}
+    boxes = {name: hidden if name in ("y", "few", "most") else cells for name, cells in site["boxes"].items()}
+    assert shared["boxes"] == boxes
+
+
 def test_outliers():
     def sites(*means: float) -> dict[str, dict[str, object]]:
         return {str(i): {"channel_mean": [mean] * 3, "outlier": False} for i, mean in enumerate(means)}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from confrere.data.check import check
+from confrere.data.check import check, render_sheet
 from confrere.data.federation import Federation, load_federation
 from confrere.data.findings import NONE, findings_of
 from confrere.data.options import DataOptions, Partition
+from confrere.data.sheet import suppress_small
 from confrere.errors import DataError
+from confrere.report.sheet import arrange
 from confrere.seeds import numpy_generator
 
 CELLS = ["mass|nodule", "", "nodule;?mass", "nodule", "effusion", "nodule", "nodule|effusion|mass", "mass"]
@@ -105,3 +110,30 @@ def test_a_picture_with_two_sets_of_findings_is_a_conflict_and_pools_are_dealt(t
 def test_cells_read_as_written() -> None:
     assert findings_of(" b ; ?a|| c") == ("?a", "b", "c")
     assert findings_of("") == ()
+
+
+def test_the_sheet_counts_what_is_present_absent_and_not_known(tmp_path: Path) -> None:
+    federation = read(
+        write(tmp_path / "d", CELLS, ("north", "south")), tmp_path / "c", classes=("effusion", "mass", "nodule", "rare")
+    )
+    counts = federation.sheet["sites"]["north"]["findings"]
+    for name, kinds in counts.items():  # against the cells themselves
+        cells = [cell.split(";") if ";" in cell else cell.split("|") for cell in CELLS]
+        assert kinds["present"] == sum(name in cell for cell in cells)
+        assert kinds["unknown"] == sum(f"?{name}" in cell for cell in cells)
+        assert sum(kinds.values()) == len(CELLS)
+    assert list(counts) == ["effusion", "mass", "nodule", "rare"]
+    assert counts["mass"] == {"present": 3, "absent": 4, "unknown": 1}
+    assert "boxes" not in federation.sheet["sites"]["north"]
+    text = StringIO()
+    Console(file=text, width=150).print(render_sheet(federation.sheet))
+    assert re.search(r"mass +3/4/1 +3/4/1", text.getvalue())
+    page = arrange(federation.sheet, list(federation.strata), "stratum")
+    assert page is not None
+    (table,) = page["counts"]
+    assert [row["name"] for row in table["rows"]] == list(counts)
+    assert table["parts"] == ["present", "absent", "unknown"]
+    assert "Findings" not in (page["rest"] or {"columns": []})["columns"]
+    shared = suppress_small(federation.sheet)["sites"]["north"]["findings"]
+    assert set(shared["mass"].values()) == {"withheld"}
+    assert shared["rare"] == {"present": 0, "absent": 8, "unknown": 0}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from members import Members, experiment_for, make_images, make_members
 
 from confrere.consortium import states
@@ -161,3 +163,54 @@ def test_a_bug_is_told_without_its_text(north: Worker, kits: Path, monkeypatch: 
     assert answer["failure"]["code"] == "internal"
     assert "RuntimeError" in answer["failure"]["reason"]
     assert "CANARY" not in json.dumps(answer)
+
+
+PRIVATE = ("train.balance=none", "train.batch_size=64", "privacy.unit=record", "privacy.delta=1e-3")
+
+
+def test_what_jobs_spend_is_added_up_and_a_job_beyond_the_limit_is_refused(
+    kits: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second job does not fit; its budget made smaller it does, whatever became of the first one's folder."""
+    pytest.importorskip("dp_accounting")
+
+    def zeros(loss: object, fixed: object, trained: Any, *others: object) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
+
+    monkeypatch.setattr("confrere.noisy.clipped_sum", zeros)  # gradients of single images take their time
+    rules: dict[str, Any] = {"most_epsilon_ever": 8.0, "most_delta_ever": 0.1}
+    worker = make_members(kits, images, tmp_path, **rules).workers["north"]
+    private = (*PRIVATE, "privacy.epsilon=5", "method.name=fedit")
+    header, arrays = request_of(worker, kits, 1, *private)
+    assert "failure" not in worker.answer(header, arrays)[0]
+    worker.policy, worker._open = worker.policy.model_copy(update={"most_epsilon_ever": 1.0}), None
+    assert "failure" not in worker.answer({**header, "kind": "evaluate"}, arrays)[0]  # costs nothing
+    assert worker.answer({**header, "round": 2}, arrays)[0]["failure"]["code"] == "policy-spent"
+    debits = (tmp_path / "north" / "privacy.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["training"], json.loads(line)["round"]) for line in debits] == [(JOB, 1)]
+    assert not list((tmp_path / "north" / JOB).rglob("privacy.jsonl"))  # one record, above all jobs
+    shutil.rmtree(tmp_path / "north" / JOB)
+    again = make_members(kits, images, tmp_path, **rules).workers["north"]  # another process
+    other = {"job": "f" * 16}
+    again.data = tmp_path / "nowhere"  # asked before data are read
+    large = again.answer(job(kits, *PRIVATE, "privacy.epsilon=6", "method.name=fedit", **other), {})[0]["failure"]
+    assert (large["code"], "is left" in large["reason"]) == ("policy-spent", True)
+    shutil.rmtree(tmp_path / "north" / other["job"])
+    again.data = images / "north"
+    small = again.answer(job(kits, *PRIVATE, "privacy.epsilon=2", "method.name=fedit", **other), {})[0]
+    assert "failure" not in small
+
+
+def test_a_job_without_noise_is_entered_before_it_trains(
+    north: Worker, kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, arrays = request_of(north, kits)
+    assert not (tmp_path / "north" / "privacy.jsonl").exists()  # it has only described itself
+    assert north._open is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(type(north._open.site), "handle", lambda *args: (_ for _ in ()).throw(MemoryError))
+        north.answer(header, arrays)
+    for _ in range(2):
+        north.answer(header, arrays)
+    (line,) = (tmp_path / "north" / "privacy.jsonl").read_text().splitlines()
+    assert (json.loads(line)["training"], json.loads(line)["steps"], json.loads(line)["sigma"]) == (JOB, 1, 0.0)

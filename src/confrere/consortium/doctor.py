@@ -6,6 +6,7 @@ request to the coordinator, without a key; nothing waits longer than its time-ou
 
 from __future__ import annotations
 
+import math
 import urllib.request
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -15,7 +16,7 @@ from pathlib import Path
 import confrere
 from confrere.backbones import default_size
 from confrere.config import Experiment, override, read, validate
-from confrere.consortium import keys, kit, policy
+from confrere.consortium import keys, kit, policy, spent
 from confrere.consortium.authority import colons, now
 from confrere.consortium.kit import Kit
 from confrere.consortium.lead import across
@@ -28,6 +29,7 @@ from confrere.doctor.machine import fault, machine_findings, requirements
 from confrere.doctor.model import model_findings
 from confrere.doctor.places import cache_findings, other_cache, out_findings, room
 from confrere.errors import NetworkError, RunError
+from confrere.federation.ledger import FILE
 from confrere.prefix import cache_dir
 
 SOON = timedelta(days=30)
@@ -79,13 +81,15 @@ def examine_site(
         yield from found
     yield from machine_findings(experiment)
     yield from _versions(own)
-    yield from out_findings(out, new=False) if out is not None else ()
+    if out is not None:
+        yield from out_findings(out, new=False)
+        yield from _spent(out, rules)
     found, usable = cache_findings()
     yield from found
     yield room("disk", out or cache_dir(), LEAST_DISK, RunError.exit_code)
     if own is not None and experiment is not None:
         with other_cache(usable):
-            yield from _data(own, experiment, rules)
+            yield from _data(own, experiment, rules, out)
 
 
 def network_findings(own: Kit, timeout: float) -> Iterator[Finding]:
@@ -146,7 +150,27 @@ def _experiment(own: Kit, data: Path, config: Path | None, overrides: Sequence[s
     return across(validate(override(values, overrides)), own.classes)[0]
 
 
-def _data(own: Kit, experiment: Experiment, rules: Policy | None) -> Iterator[Finding]:
+def _spent(out: Path, rules: Policy | None) -> Iterator[Finding]:
+    """Yield what noise has cost so far, over all jobs of a state folder."""
+    found: list[Finding] = []
+    known = attempt("epsilon", lambda: spent.spent_ever(out / FILE), found)
+    yield from found
+    if known is None:
+        return
+    jobs = len({name.split("/")[0] for name in known})
+    epsilon, delta = spent.total(known.values())
+    what = f"epsilon {epsilon:.4g}, delta {delta:.4g} in all" if math.isfinite(epsilon) else "no epsilon holds any more"
+    what += f", after {len(known)} trainings of {jobs} jobs" if known else ", nothing was trained"
+    open_ = sum(not one.unit for one in known.values())
+    what += f", {open_} of them without noise" if open_ else ""
+    most = rules.most_epsilon_ever if rules is not None else 0.0
+    if most and epsilon >= most:
+        yield Finding("warning", "epsilon", what, str(out), "nothing: no further job may begin, see most_epsilon_ever")
+    else:
+        yield Finding("ok", "epsilon", what + (f"; the policy allows {most:g}" if most else ""), str(out))
+
+
+def _data(own: Kit, experiment: Experiment, rules: Policy | None, out: Path | None) -> Iterator[Finding]:
     """Yield what stands about the data, the policy's word on the experiment, and the weights."""
     found: list[Finding] = []
     federation = attempt("data", lambda: _opened(own, experiment), found)
@@ -155,6 +179,8 @@ def _data(own: Kit, experiment: Experiment, rules: Policy | None) -> Iterator[Fi
         training = federation.sheet["sites"][own.site]["splits"]["train"]["images"] if federation else None
         found = []
         attempt("policy", lambda: policy.check(rules, experiment, examples=training), found)
+        if out is not None and not found:
+            attempt("policy", lambda: spent.check_ever(rules, out / FILE, spent.budgets(experiment, "new")), found)
         yield from found or [
             Finding("ok", "policy", f"allows {experiment.method['name']} on {experiment.backbone.name}")
         ]

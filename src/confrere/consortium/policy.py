@@ -43,6 +43,12 @@ secure_aggregation = false
 differential_privacy = false
 most_epsilon = 0.0
 
+# Most epsilon over all experiments together that this site ever takes part in with one state folder; deltas add up,
+# too. Then every experiment needs a budget, and one whose budget is not left is refused before its data are read.
+# 0: no limit. Refusals: policy-privacy, policy-spent.
+most_epsilon_ever = 0.0
+most_delta_ever = 1e-4
+
 # Whether test scores of this site (numbers, no predictions) may be sent. Refusal: policy-test.
 test_scores = true
 
@@ -63,6 +69,7 @@ class Policy(Part):
         groups: what may leave, see :attr:`confrere.method.Method.sends`.
         most_rounds: of one experiment. least_examples: training images of this site.
         secure_aggregation, differential_privacy: whether it is required. most_epsilon: largest budget then, 0 for any.
+        most_epsilon_ever, most_delta_ever: over all experiments, see :mod:`confrere.consortium.spent`; 0 for any.
         test_scores: whether scores on this site's test split may be sent.
     """
 
@@ -74,6 +81,8 @@ class Policy(Part):
     secure_aggregation: bool = False
     differential_privacy: bool = False
     most_epsilon: float = Field(default=0.0, ge=0)
+    most_epsilon_ever: float = Field(default=0.0, ge=0)
+    most_delta_ever: float = Field(default=1e-4, gt=0, lt=1)
     test_scores: bool = True
 
     @field_validator("backbones")
@@ -123,11 +132,11 @@ def check(policy: Policy, experiment: Experiment, *, examples: int | None) -> No
     if examples is not None and examples < policy.least_examples:
         # How many there are is the site's own business.
         what = f"the site has fewer training images than the {policy.least_examples} it asks of itself"
-        raise _refusal(what, "least_examples", code="policy-examples")
+        raise refusal(what, "least_examples", code="policy-examples")
     if policy.secure_aggregation and not experiment.secure.aggregation and any(method.sends for method in methods):
         what, fix = "the coordinator could read what the site sends", "set secure.aggregation=true, see docs/secure.md"
-        raise _refusal(what, "secure_aggregation", code="policy-secure", fix=fix)
-    if policy.differential_privacy and any(method.sends for method in methods):
+        raise refusal(what, "secure_aggregation", code="policy-secure", fix=fix)
+    if (policy.differential_privacy or policy.most_epsilon_ever) and any(method.sends for method in methods):
         chosen, most = experiment.privacy, policy.most_epsilon or float("inf")
         sending = sum(1 for method in methods if method.sends)  # each spends the whole epsilon; they add up
         if chosen.unit not in ("record", "patient") or not 0 < chosen.epsilon * sending <= most:
@@ -137,7 +146,8 @@ def check(policy: Policy, experiment: Experiment, *, examples: int | None) -> No
             )
             fix += f", at most {most / sending:g}" if policy.most_epsilon else ""
             fix += f" for each of {sending} trainings" if policy.most_epsilon and sending > 1 else ""
-            raise _refusal(what, "differential_privacy", code="policy-privacy", fix=fix)
+            key = "differential_privacy" if policy.differential_privacy else "most_epsilon_ever"
+            raise refusal(what, key, code="policy-privacy", fix=fix)
 
 
 def check_request(policy: Policy, request: Request) -> None:
@@ -148,25 +158,25 @@ def check_request(policy: Policy, request: Request) -> None:
     """
     _check_rounds(policy, request.round)
     if request.kind == "evaluate" and request.split == "test" and not policy.test_scores:
-        raise _refusal("test scores do not leave the site", "test_scores", code="policy-test")
+        raise refusal("test scores do not leave the site", "test_scores", code="policy-test")
 
 
 def _check_method(policy: Policy, method: Method) -> None:
     if method.pools:
-        raise _refusal(f"{method.name} needs the images in one place", "methods", code="policy-method")
+        raise refusal(f"{method.name} needs the images in one place", "methods", code="policy-method")
     if policy.methods is not None and method.name not in policy.methods:
-        raise _refusal(f"the site does not allow the method {method.name}", "methods", code="policy-method")
+        raise refusal(f"the site does not allow the method {method.name}", "methods", code="policy-method")
     closed = sorted(set(method.sends) - set(policy.groups))
     if closed:
         what = f"{method.name} sends the group {closed[0]!r}, which may not leave the site"
-        raise _refusal(what, "groups", code="policy-group")
+        raise refusal(what, "groups", code="policy-group")
 
 
 def _check_backbone(policy: Policy, experiment: Experiment) -> None:
     """Refuse other models; a pin of the site must be the experiment's too, so that loading the weights checks it."""
     name, allowed = experiment.backbone.name, REGISTRY if policy.backbones is None else policy.backbones
     if name not in allowed:
-        raise _refusal(f"the site does not allow the backbone {name!r:.80}", "backbones", code="policy-backbone")
+        raise refusal(f"the site does not allow the backbone {name!r:.80}", "backbones", code="policy-backbone")
     if policy.backbones is None:
         return
     known, pin = REGISTRY.get(name), policy.backbones[name].lower()
@@ -174,15 +184,16 @@ def _check_backbone(policy: Policy, experiment: Experiment) -> None:
     if asked.lower() != pin:
         has = f"with SHA-256 {asked:.64}" if asked else "without a SHA-256"
         what = f"the backbone {name} is asked for {has}; the site allows {pin}"
-        raise _refusal(what, "backbones", code="policy-backbone", fix=f"set backbone.sha256={pin}")
+        raise refusal(what, "backbones", code="policy-backbone", fix=f"set backbone.sha256={pin}")
 
 
 def _check_rounds(policy: Policy, rounds: int) -> None:
     if rounds > policy.most_rounds:
         what = f"{rounds} rounds; the site allows {policy.most_rounds}"
-        raise _refusal(what, "most_rounds", code="policy-rounds", fix=f"set rounds={policy.most_rounds} or less")
+        raise refusal(what, "most_rounds", code="policy-rounds", fix=f"set rounds={policy.most_rounds} or less")
 
 
-def _refusal(what: str, key: str, *, code: str, fix: str = "") -> PolicyError:
+def refusal(what: str, key: str, *, code: str, fix: str = "") -> PolicyError:
+    """Return the error that a rule of the policy refuses with."""
     fix = fix or "change the experiment, or talk to the site: it alone can change its policy.toml"
     return PolicyError(what, where=f"policy: {key}", fix=fix, code=code)

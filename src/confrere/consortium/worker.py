@@ -10,7 +10,7 @@ import re
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from confrere.consortium.census import simulated
 from confrere.consortium.frame import PROTOCOL, SAME, Arrays, failure
 from confrere.consortium.kit import Kit
 from confrere.consortium.policy import Policy, check, check_request
+from confrere.consortium.spent import budgets, check_ever
 from confrere.data.federation import Federation, load_federation
 from confrere.errors import ConfigError, ConfrereError, PolicyError, TrainingError, UpdateRefusedError
 from confrere.export import About, export_model
+from confrere.federation.ledger import FILE, enter_unhidden
 from confrere.federation.secure.keys import Identity
 from confrere.federation.secure.participant import Participant
 from confrere.federation.site import Site
@@ -44,15 +46,21 @@ LOCAL = ("data.", "engine.device=", "threads=", "workers=")
 """What a site may set for itself, where its files or its machine differ."""
 TOLD = (PolicyError, TrainingError, UpdateRefusedError)
 """Errors whose words may leave the site. Others could name files: of them only the code does."""
+FREE = ("evaluate", "export", "verdict")
+"""Requests that train nothing: a job whose budget is gone may still end."""
 Notify = Callable[[dict[str, Any]], None]
 Answer = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Training:
-    """One training of a job, opened: ``asked`` are job, part and experiment as the coordinator sent them."""
+    """One training of a job, opened: ``asked`` are job, part and experiment as the coordinator sent them.
+
+    ``trains``: whether its budget was looked at, so that it may be trained.
+    """
 
     asked: tuple[str, str, str]
+    trains: bool
     job: Path
     path: Path
     task: Prepared
@@ -132,6 +140,8 @@ class Worker:
         request = states.asked(header, arrays)
         check_request(self.policy, request)
         torch.set_num_threads(threads(task.experiment, task.federation))
+        if site.ledger is None and kind != "evaluate":
+            enter_unhidden(self.state / FILE, self._name(training.path), sends=bool(task.method.sends))
         return states.answer(site.handle(request))
 
     def _training(self, header: Mapping[str, Any]) -> _Training:
@@ -150,26 +160,31 @@ class Worker:
         known = isinstance(job, str) and JOB.fullmatch(job) and isinstance(part, str) and isinstance(text, str)
         if not known:
             raise UpdateRefusedError("a request is not understood", fix=SAME, code="message-form")
-        asked = str(job), str(part), str(text)
-        if self._open is None or self._open.asked != asked:
-            self._open = self._opened(*asked)
+        asked, trains = (str(job), str(part), str(text)), header.get("kind") not in FREE
+        if self._open is None or self._open.asked != asked or (trains and not self._open.trains):
+            self._open = self._opened(*asked, trains=trains)
         return self._open
 
-    def _opened(self, name: str, part: str, text: str) -> _Training:
+    def _opened(self, name: str, part: str, text: str, *, trains: bool) -> _Training:
         """Return a training with its data read and its backbone loaded; the experiment of a job never changes."""
-        job, experiment = self.state / name, self._experiment(self.state / name, part, text.encode())
+        job, whole = self.state / name, self._experiment(self.state / name, part, text.encode())
+        experiment = whole.for_method(part) if part else whole
         path = job / "controls" / part if part else job
         self._open = None  # two backbones need not fit; what was refused above closes nothing
         check(self.policy, experiment, examples=None)
+        if trains:
+            check_ever(self.policy, self.state / FILE, budgets(whole, name))
         task = prepare(experiment, self._federation(job, experiment), self.notify)
         site = make_site(task, self.site, Run(path))
+        if site.ledger is not None:  # one record of all jobs: it stays when the folder of a job goes
+            site.ledger = replace(site.ledger, file=self.state / FILE, training=self._name(path))
         if experiment.masked:
             site.secure = self._participant(experiment, path)
         check(self.policy, experiment, examples=len(site.data.rows("train")))
-        return _Training((name, part, text), job, path, task, site)
+        return _Training((name, part, text), trains, job, path, task, site)
 
     def _experiment(self, job: Path, part: str, content: bytes) -> Experiment:
-        """Return the experiment of a training as it is carried out here; the first of a job is written down."""
+        """Return the experiment of a job as it is carried out here; the first one is written down."""
         asked = validate(_values(content))
         if simulated(asked):
             what, fix = "this is a simulation", "leave it out, or run in one process: confrere run"
@@ -185,7 +200,11 @@ class Worker:
         full = validate({**override(_values(content), self.overrides), **own})
         if not (job / "experiment.toml").exists():
             write_bytes(job / "experiment.toml", full.toml().encode())
-        return full.for_method(part) if part else full
+        return full
+
+    def _name(self, path: Path) -> str:
+        """Return what a training is called in the record of what was spent."""
+        return path.relative_to(self.state).as_posix()
 
     def _participant(self, experiment: Experiment, path: Path) -> Participant:
         """Return what masks this site's updates, known to the others by the key in its kit."""

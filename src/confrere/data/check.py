@@ -68,12 +68,14 @@ def render_check(report: dict[str, Any]) -> RenderableType:
 
 
 def render_sheet(sheet: dict[str, Any]) -> RenderableType:
-    """Return the sites, the classes at each site and the warnings of a data sheet, for rich."""
+    """Return the sites, the classes, findings or boxes at each site and the warnings of a data sheet, for rich."""
     from rich.console import Group
     from rich.text import Text
 
     warnings = [Text(f"Warning: {warning}", style="yellow") for warning in sheet["warnings"]]
-    return Group(_sites_table(sheet), "", _classes_table(sheet), *warnings)
+    more = {"findings": "finding: present/absent/unknown", "boxes": "boxes: in all/images with one"}
+    tables = (table for key, title in more.items() for table in _counts_tables(sheet, key, title))
+    return Group(_sites_table(sheet), "", _classes_table(sheet), *tables, *warnings)
 
 
 def _sites_table(sheet: dict[str, Any]) -> RenderableType:
@@ -109,6 +111,23 @@ def _classes_table(sheet: dict[str, Any]) -> RenderableType:
         # Text, not str: brackets in a class name are no markup.
         table.add_row(Text(label), *(_cell(cell) for cell in cells))
     return table
+
+
+def _counts_tables(sheet: dict[str, Any], key: str, title: str) -> list[RenderableType]:
+    """Return a table of what sites count under ``key``, with a line before it; nothing where none does."""
+    from rich.table import Table
+    from rich.text import Text
+
+    counts = [site.get(key, {}) for site in sheet["sites"].values()]
+    if not any(counts):
+        return []
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title)
+    for name in sheet["sites"]:
+        table.add_column(name, justify="right")
+    for label in dict.fromkeys(label for count in counts for label in count):
+        table.add_row(Text(label), *("/".join(map(str, count.get(label, {}).values())) or "-" for count in counts))
+    return ["", table]
 
 
 def _cell(cell: dict[str, int]) -> str:

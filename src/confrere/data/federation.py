@@ -111,7 +111,7 @@ def build(
         sites=sites,
         image_size=shape[1:] if len(shape) == 3 else shape[1:-1],
         synthetic=listing.synthetic,
-        sheet=simulate.noted(_sheet(counted, registration, strata, options), said),
+        sheet=simulate.noted(_sheet(counted, registration, strata, classes, options), said),
         digest=_digest(classes, sites),
     )
     return numbers.standardised(federation, listing.columns, options.constants) if listing.columns else federation
@@ -225,7 +225,11 @@ def _arrays(registration: Registration, classes: tuple[str, ...]) -> list[SiteIm
 
 
 def _sheet(
-    sites: Sequence[SiteImages], registration: Registration, classes: tuple[str, ...], options: DataOptions
+    sites: Sequence[SiteImages],
+    registration: Registration,
+    strata: tuple[str, ...],
+    classes: tuple[str, ...],
+    options: DataOptions,
 ) -> dict[str, Any]:
     used = {site.name: set(site.digests) for site in sites}
     by_site = {
@@ -234,12 +238,18 @@ def _sheet(
             site.labels,
             site.groups,
             site.split,
-            classes,
+            strata,
             [problem for problem in registration.problems if problem.site == site.name],
         )
         for site, files in zip(sites, registration.sites, strict=True)
     }
-    warnings = sheet.class_warnings(by_site, classes, options.min_per_class)
+    kinds = {"labels": ("findings", sheet.findings_sheet), "boxes": ("boxes", sheet.boxes_sheet)}
+    if options.target in kinds:
+        key, counts = kinds[options.target]
+        for site in sites:
+            if site.targets is not None:
+                by_site[site.name][key] = counts(np.asarray(site.targets[np.arange(len(site.labels))]), classes)
+    warnings = sheet.class_warnings(by_site, strata, options.min_per_class)
     warnings += sheet.site_warnings(by_site, classes=options.target == "label")
     unnamed = [files.name for files in registration.sites if not any(row.patient for row in files.rows)]
     if unnamed:

@@ -65,6 +65,21 @@ def site_sheet(
     }
 
 
+def findings_sheet(truth: NDArray[np.float32], classes: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Return of each finding on how many images it is present, absent or unknown; ``truth`` (N, K) is 1, 0 or -1."""
+    kinds = {"present": 1, "absent": 0, "unknown": -1}
+    return {
+        name: {kind: int((column == value).sum()) for kind, value in kinds.items()}
+        for name, column in zip(classes, truth.T, strict=True)
+    }
+
+
+def boxes_sheet(boxes: NDArray[np.float32], classes: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Return the boxes of each class but the background, and the images with at least one; ``boxes`` (N, most, 5)."""
+    found = {name: boxes[..., 4] == k for k, name in enumerate(classes) if k}
+    return {name: {"boxes": int(one.sum()), "images": int(one.any(1).sum())} for name, one in found.items()}
+
+
 def mark_outliers(sites: Mapping[str, dict[str, Any]]) -> list[str]:
     """Set ``outlier`` where a site's mean intensity is over 3 sd from the others'; needs 3 others."""
     means = {name: float(np.mean(sheet["channel_mean"])) for name, sheet in sites.items()}
@@ -135,9 +150,14 @@ def suppress_small(sheet: Mapping[str, Any], minimum: int = 5) -> dict[str, Any]
 
     A withheld count reads ``"<5"``. Where one count could be had by subtracting the rest from a total, the
     next smallest is withheld, too (as ``"withheld"``). Zero stays: that a class is absent is not personal.
+
+    Findings and boxes follow the same rule: present, absent and unknown sum to the images, and so do images with and
+    without a box. Where the total of a class is withheld so is what is counted under its name, from which it could be
+    had.
     """
     shared: dict[str, Any] = copy.deepcopy(dict(sheet))
     for site in shared["sites"].values():
+        images = site["images"]
         for name in ("images", "patients", "duplicates", "conflicts"):
             site[name] = _hide(site[name], minimum)
         for cells in (site["bad_files"], site["formats"], site["notes"]):
@@ -147,6 +167,15 @@ def suppress_small(sheet: Mapping[str, Any], minimum: int = 5) -> dict[str, Any]
         for cells in site["classes"].values():
             _hide_together([(cells, name) for name in NAMES], minimum)
         _hide_together([(cells, "total") for cells in site["classes"].values()], minimum)
+        for cells in site.get("findings", {}).values():
+            _hide_together([(cells, kind) for kind in cells], minimum)
+        for cells in site.get("boxes", {}).values():
+            if any(0 < count < minimum for count in (cells["images"], images - cells["images"])):
+                cells.update(dict.fromkeys(cells, "withheld"))
+        hidden = [name for name, cells in site["classes"].items() if isinstance(cells["total"], str)]
+        for name in hidden:
+            for cells in (site.get(key, {}).get(name, {}) for key in ("findings", "boxes")):
+                cells.update(dict.fromkeys(cells, "withheld"))
     return shared
 
 

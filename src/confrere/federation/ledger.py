@@ -4,10 +4,14 @@ A round that is trained again is entered again, with new noise. The same noise w
 from another state, and two answers that differ in it but not in their noise tell what the noise hid. To leave an
 attempt out because its answer was never sent would need proof that it was not; none survives a crash. So epsilon may
 count too much, never too little. A request that comes twice gets the stored answer and costs nothing.
+
+A run in one process has a file for each training of each site. A deployed site has one for all trainings of all jobs
+in its state folder, so that what was ever spent on its data stays known when the folder of a job is deleted.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +34,12 @@ from confrere.record.store import rounds_in
 from confrere.tensors import State
 from confrere.tokenset import TokenSet
 
+FILE = "privacy.jsonl"
 TOLERANCE = 2e-3
 """Of the noise that a budget asks for, in units of the clip; on the side of more noise."""
+RESTORE = "restore it from a copy; without it nobody knows epsilon"
+ALL_ROUNDS = 0
+"""In place of a round, where one debit stands for a whole training."""
 
 
 @dataclass(kw_only=True)
@@ -43,32 +51,21 @@ class Ledger:
         delta: of the guarantee.
         limit: largest epsilon; 0 for none.
         file: where debits are kept, in the folder of the site's states; None for memory, in throw-away simulations.
+        training: which one this is in a file of many, as the path of its folder below that of the file.
     """
 
     mechanism: Mechanism
     delta: float
     limit: float
     file: Path | None = None
+    training: str = ""
     _memory: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
 
     def debits(self) -> list[dict[str, Any]]:
-        """Return every debit so far.
-
-        Raises:
-            RunError: the file is damaged, or lacks a round whose answer is there: epsilon would be too small.
-        """
+        """Return every debit of this training so far; RunError as :func:`entered`."""
         if self.file is None:
             return list(self._memory)
-        fix = "restore it from a copy; without it nobody knows epsilon"
-        try:
-            found = [dict(event) for event in journal.read(self.file)[0]]
-        except RunError as error:  # of other journals a part may be deleted
-            raise RunError(error.what, where=error.where, fix=fix, code=error.code) from error
-        missing = set(rounds_in(self.file.parent)) - {event["round"] for event in found}
-        if missing:
-            what = f"the record of what was spent lacks round {min(missing)}, which was trained"
-            raise RunError(what, where=str(self.file), fix=fix, code="privacy-ledger")
-        return found
+        return [debit for debit in entered(self.file) if debit.get("training", "") == self.training]
 
     def debit(self, round_: int, steps: int) -> None:
         """Enter a round's noisy steps, on disk, before any of them is made.
@@ -84,9 +81,7 @@ class Ledger:
         if self.file is None:
             self._memory.append(new)
             return
-        whole = journal.content(self.file)
-        events, head = journal.parse(whole, str(self.file))
-        append_bytes(self.file, len(whole), journal.seal([new], len(events) + 1, head)[0])
+        _append(self.file, new)
 
     def exhausted(self, round_: int, steps: int) -> bool:
         """Return whether the budget does not cover so many more steps."""
@@ -116,8 +111,58 @@ class Ledger:
 
     def _entry(self, round_: int, steps: int) -> dict[str, Any]:
         own = self.mechanism
-        what = {"sigma": own.sigma, "rate": own.rate, "clip": own.clip, "unit": own.unit}
+        what: dict[str, Any] = {"sigma": own.sigma, "rate": own.rate, "clip": own.clip, "unit": own.unit}
+        what |= {"training": self.training, "delta": self.delta} if self.training else {}
         return {"event": "debit", "round": round_, "steps": steps, **what, "seeded": bool(own.noise_seed)}
+
+
+def entered(file: Path) -> list[dict[str, Any]]:
+    """Return every debit of a file, of all trainings in it; none where there is neither a file nor a trained round.
+
+    Raises:
+        RunError: the file is damaged, or lacks a round whose answer is there: epsilon would be too small.
+    """
+    trained = {training: rounds_in(folder) for training, folder in _folders(file.parent).items()}  # before the file
+    found, rounds = _read(file)[0], defaultdict[str, set[int]](set)
+    for event in found:
+        rounds[event.get("training", "")].add(event["round"])
+    for training, there in trained.items():
+        missing = set(there) - rounds[training]
+        if missing and ALL_ROUNDS not in rounds[training]:
+            what = f"the record of what was spent lacks round {min(missing)}, which was trained"
+            what += f", of {training}" if training else ""
+            raise RunError(what, where=str(file), fix=RESTORE, code="privacy-ledger")
+    return found
+
+
+def enter_unhidden(file: Path, training: str, *, sends: bool) -> None:
+    """Enter a training without noise, once, in the file of many: no epsilon is left if anything of it is sent."""
+    if any(debit.get("training") == training for debit in _read(file)[0]):
+        return
+    what = {"sigma": 0.0, "rate": 1.0, "unit": "", "delta": 0.0, "seeded": False}
+    _append(file, {"event": "debit", "round": ALL_ROUNDS, "steps": int(sends), "training": training, **what})
+
+
+def _append(file: Path, debit: dict[str, Any]) -> None:
+    """Enter a debit, on disk, in place of one that was torn."""
+    known, head, size = _read(file)
+    append_bytes(file, size, journal.seal([debit], len(known) + 1, head)[0])
+
+
+def _read(file: Path) -> tuple[list[dict[str, Any]], str, int]:
+    """Return all debits, the hash that the next one follows, and the bytes of whole lines."""
+    try:
+        whole = journal.content(file)
+        events, head = journal.parse(whole, str(file))
+    except RunError as error:  # of other journals a part may be deleted
+        raise RunError(error.what, where=error.where, fix=RESTORE, code=error.code) from error
+    return [dict(event) for event in events], head, len(whole)
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    """Return the folders of a site's states whose debits are in a file in ``root``, by training."""
+    below = (folder for pattern in ("*/sites/*", "*/controls/*/sites/*") for folder in root.glob(pattern))
+    return {"": root, **{folder.parents[1].relative_to(root).as_posix(): folder for folder in below}}
 
 
 def ledger_of(
@@ -159,7 +204,7 @@ def ledger_of(
         images=privacy.images if privacy.unit == "patient" else 1,
         noise_seed=privacy.noise_seed,
     )
-    file = folder / "privacy.jsonl" if folder else None
+    file = folder / FILE if folder else None
     return Ledger(mechanism=mechanism, delta=privacy.delta, limit=privacy.epsilon, file=file)
 
 

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 
 from confrere.report.reading import Json, as_dict, as_list
 
+COUNTS = {
+    "findings": ("finding", "Images per finding"),
+    "boxes": ("class", "Boxes per class, and images with at least one"),
+}
+"""Tables of counts beside that of the classes: what a row is called, and the caption."""
+
 
 def arrange(sheet: Json, classes: list[str], called: str = "class") -> Json | None:
     """Return the sheet as tables, or None when there is none; keys it does not know are kept under "rest".
@@ -21,6 +27,8 @@ def arrange(sheet: Json, classes: list[str], called: str = "class") -> Json | No
         return None
     keys = list(dict.fromkeys(key for entry in sites.values() for key in entry))
     counted = next((key for key in keys if any(_is_counts(entry.get(key), classes) for entry in sites.values())), None)
+    tables = [key for key in COUNTS if key != counted and any(as_dict(entry.get(key)) for entry in sites.values())]
+    keys = [key for key in keys if key not in tables]
     flat = [key for key in keys if key != counted and all(_is_flat(entry.get(key)) for entry in sites.values())]
     rest = [key for key in keys if key not in flat and key != counted]
     rows = [{"name": name, "cells": [entry.get(key) for key in flat]} for name, entry in sites.items()]
@@ -31,7 +39,8 @@ def arrange(sheet: Json, classes: list[str], called: str = "class") -> Json | No
     return {
         "columns": [label(key) for key in flat],
         "rows": rows,
-        "classes": _class_table(sites, counted, classes) | {"called": called} if counted else None,
+        "classes": _class_table(sites, counted, classes, called, f"Images per {called}") if counted else None,
+        "counts": [_counts_table(sites, key) for key in tables],
         "rest": {"columns": [label(key) for key in rest], "rows": others} if rest else None,
         "extra": [[label(key), value] for key, value in extra.items()],
         "warnings": warnings,
@@ -65,11 +74,16 @@ def _is_counts(value: object, classes: list[str]) -> bool:
     return isinstance(value, dict) and bool(value) and set(value) <= set(classes)
 
 
-def _class_table(sites: Mapping[str, Json], key: str, classes: list[str]) -> Json:
+def _class_table(sites: Mapping[str, Json], key: str, classes: list[str], called: str, caption: str) -> Json:
     table = [[_cell(as_dict(sites[site].get(key)).get(name)) for site in sites] for name in classes]
     parts = dict.fromkeys(split for row in table for cell in row for split in cell["parts"])
     rows = [{"name": name, "cells": row} for name, row in zip(classes, table, strict=True)]
-    return {"sites": list(sites), "rows": rows, "parts": list(parts)}
+    return {"sites": list(sites), "rows": rows, "parts": list(parts), "called": called, "caption": caption}
+
+
+def _counts_table(sites: Mapping[str, Json], key: str) -> Json:
+    names = list(dict.fromkeys(name for entry in sites.values() for name in as_dict(entry.get(key))))
+    return _class_table(sites, key, names, *COUNTS[key])
 
 
 def _cell(value: object) -> Json:
