@@ -25,6 +25,7 @@ from confrere.consortium.status import Status
 from confrere.consortium.worker import Worker
 from confrere.federation.transport import Failure
 from confrere.job import run_experiment
+from confrere.method import METHODS
 from confrere.seeds import numpy_generator
 
 SITES = ("north", "south", "west")
@@ -101,7 +102,8 @@ class Members:
 
 def make_members(kits: Path, images: Path, state: Path, **policy: Any) -> Members:
     """Return the three hospitals, each with its own data and state."""
-    allowed = Policy(**{"least_examples": 5, "groups": ("shared", "control", "choice", "tier"), **policy})
+    groups = {group for method in METHODS.values() for group in method.sends}
+    allowed = Policy(**{"least_examples": 5, "groups": sorted(groups), **policy})
     workers = {}
     for site in SITES:
         kit: Kit = load(kits / "sites" / site, "site")

@@ -23,6 +23,7 @@ from confrere.config import override, validate
 from confrere.consortium.late import Membership, absent, check_late, late_of
 from confrere.errors import ConfigError, RunError
 from confrere.federation.selection import best_round
+from confrere.method import METHODS
 from confrere.verify import verify
 
 ROUNDS = "rounds=3"
@@ -90,6 +91,17 @@ def test_a_site_that_joins_in_round_2(method: str, kits: Path, images: Path, mem
     assert (home / "adapters" / "west" / "merged" / "adapter_model.safetensors").exists()
     assert absent(status_of(out)) == []
     assert verify(out)[0].rounds == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dpfed", "pooled"}))
+def test_every_method_takes_a_late_site(
+    method: str, kits: Path, images: Path, members: Members, tmp_path: Path
+) -> None:
+    experiment, out = experiment_for(kits, ROUNDS, f"method={method}"), tmp_path / "out"
+    run_members(experiment, out, coming(members), ["west"])
+    assert [event["since"] for event in events_of(out) if event["event"] == "joined"] == [2]
+    assert_same(without_west(experiment, images, tmp_path / "one"), out, tmp_path / "state")
 
 
 def test_a_site_that_never_comes(kits: Path, members: Members, tmp_path: Path) -> None:
