@@ -23,9 +23,9 @@ def scheduled(lr: float, schedule: str, warmup: float, progress: float) -> float
         lr: its highest value.
         schedule: ``constant`` or ``cosine``.
         warmup: share of the run, in [0, 1).
-        progress: share of the run that is over, in (0, 1).
+        progress: share of the run that is over, in (0, 1); any number where the rate is constant.
     """
-    if progress < warmup:
+    if warmup and progress < warmup:
         return lr * progress / warmup
     if schedule == "constant":
         return lr
