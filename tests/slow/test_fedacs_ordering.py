@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Perceptron:
 
     device = torch.device("cpu")
     task = Classification()
+    anatomy = SimpleNamespace(root=None)  # no windows
 
     def logits(self, params: Tensors, tokens: torch.Tensor, capture: object = None) -> torch.Tensor:
         hidden = torch.relu(torch.nn.functional.linear(tokens, params["body.weight"], params["body.bias"]))
