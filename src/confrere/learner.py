@@ -52,6 +52,10 @@ class TrainSettings:
     foreground: float = 0.0
 
 
+UNSCHEDULED = {"schedule": "constant", "warmup": 0.0}
+"""Of trainings outside a run's rounds, which have no place on its curve."""
+
+
 @dataclass
 class Learner:
     """What a method's ``update`` may use: training, features and the round it is in."""

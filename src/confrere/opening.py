@@ -128,9 +128,7 @@ def load_backbone(experiment: Experiment, federation: Federation, depth: int | N
         task=experiment.build_task(),
     )
     if experiment.train.foreground and getattr(backbone.anatomy.root, "window", None) == backbone.image_size:
-        what, fix = (
-            "a window as large as the volumes cannot be moved to the foreground",
-            "give a smaller backbone.patch",
-        )
-        raise ConfigError(what, where="train.foreground", fix=f"{fix}, or leave it out", code="value")
+        what = "a window as large as the volumes cannot be moved to the foreground"
+        fix = "give a smaller backbone.patch, or leave it out"
+        raise ConfigError(what, where="train.foreground", fix=fix, code="value")
     return backbone

@@ -140,7 +140,7 @@ class Worker:
         request = states.asked(header, arrays)
         check_request(self.policy, request)
         torch.set_num_threads(threads(task.experiment, task.federation))
-        if site.ledger is None and kind != "evaluate":
+        if site.ledger is None and kind not in FREE:
             enter_unhidden(self.state / FILE, self._name(training.path), sends=bool(task.method.sends))
         return states.answer(site.handle(request))
 

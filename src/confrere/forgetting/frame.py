@@ -15,7 +15,7 @@ from torch import Tensor
 from confrere.errors import ConfigError
 from confrere.forgetting.way import Cost
 from confrere.job import Prepared, initial
-from confrere.learner import Learner, TrainSettings
+from confrere.learner import UNSCHEDULED, Learner, TrainSettings
 from confrere.method import Method
 from confrere.record.run import Run
 from confrere.tensors import Tensors, pick, weighted_mean
@@ -71,8 +71,8 @@ class Frame:
         Batches are drawn at addresses that no round of training has. The rate is constant: the run's is over.
         """
         chosen, experiment = self.task.experiment.train, self.task.experiment
-        changed = {"schedule": "constant", "warmup": 0.0, **({"views": 1} if forgotten else {})}
-        settings = TrainSettings(**{**chosen.model_dump(), **changed})
+        changed = UNSCHEDULED | ({"views": 1} if forgotten else {})
+        settings = TrainSettings(**chosen.model_dump() | changed)
         return Learner(
             backbone=self.task.backbone_of(site),
             data=self.gone[site] if forgotten else self.task.data[site],

@@ -16,7 +16,7 @@ from confrere.adapters import head, lora
 from confrere.adapters.folder import export
 from confrere.errors import ConfigError
 from confrere.export import base_name
-from confrere.learner import Learner, TrainSettings, predict
+from confrere.learner import UNSCHEDULED, Learner, TrainSettings, predict
 from confrere.metrics import evaluate, fit_temperature, paired_gain, verdict
 from confrere.onboard.candidates import ALONE, HEAD, SLOT, Fitted, Offer, Recipe, balanced, nll, open_run, recipes
 from confrere.onboard.newcomer import Newcomer, newcomer
@@ -56,9 +56,7 @@ def onboard(
         )
     classes = tuple(offered.info["classes"])
     rows = tokens(offered.backbone, new.site, classes, cache_dir())
-    # No rounds here, so no schedule: the rate is constant.
-    changed = {"steps": steps, "views": 1, "schedule": "constant", "warmup": 0.0}
-    settings = TrainSettings(**{**offered.experiment.train.model_dump(), **changed})
+    settings = TrainSettings(**offered.experiment.train.model_dump() | {"steps": steps, "views": 1} | UNSCHEDULED)
 
     def learner(split: np.ndarray, number: int) -> Learner:
         part = replace(rows, split=split)
