@@ -85,6 +85,7 @@ def test_epsilon_is_that_of_opacus_by_renyi_divergence() -> None:
     from opacus.accountants import RDPAccountant
 
     plans = itertools.product((0.7, 1.0, 1.6, 3.0, 8.0), (0.01, 0.05, 0.2, 0.5, 0.9), (1, 30, 200, 1500), (1e-3, 1e-5))
+    most, count = 0.0, 0
     for sigma, rate, steps, delta in plans:
         book = RDPAccountant()
         book.history = [(sigma, rate, steps)]
@@ -92,8 +93,10 @@ def test_epsilon_is_that_of_opacus_by_renyi_divergence() -> None:
         ours = epsilon(sigma, rounds=steps, delta=delta, rate=rate, accountant="rdp")
         if theirs > 0.2:
             assert ours == pytest.approx(theirs, rel=1e-3), (sigma, rate, steps, delta)
+            most, count = max(most, abs(ours / theirs - 1)), count + 1
         else:  # we also try larger orders, which are the best ones here
             assert 0 <= ours <= theirs * 1.001, (sigma, rate, steps, delta)
+    print(f"\nG22: {count} of 200 plans above 0.2: at most {most:.0e} from Opacus; the others not above it")
 
 
 @pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.1, 0.05, 400), (0.8, 0.02, 200), (4.0, 0.5, 60)])
