@@ -17,7 +17,7 @@ from comparisons import Log, experiment, stamps
 
 from confrere.compare import compare
 from confrere.compare.cells import Cell, folder, run_cells, state
-from confrere.config import validate
+from confrere.config import override, validate
 from confrere.data.synthetic import make_microscopy
 from confrere.errors import ConfigError, DataError, RunError
 
@@ -167,24 +167,23 @@ def test_a_failure_names_its_cell_and_a_trial_that_diverges_is_passed_over(
 def test_sigkill_then_the_same_command_gives_the_same_numbers(tmp_path: Path) -> None:
     make_microscopy(tmp_path / "data", seed=3, sites=2, images=(24, 30), size=32)
     options = ["backbone.name=test-vit", "adapter.blocks=2", "rounds=3", "train.steps=3", "threads=1"]
+    asked = validate(override({"path": str(tmp_path / "data")}, options))
+    compare(asked, ["fedit"], [0], tmp_path / "whole", trials=2, controls=False)
     env = {**os.environ, "CONFRERE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def start(out: Path) -> subprocess.Popen[bytes]:
+    def start() -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "confrere", "compare", str(tmp_path / "data"), *options, "--methods", "fedit",
-                   "--seeds", "0", "--tune", "2", "--jobs", "2", "--no-controls", "--out", str(out)]  # fmt: skip
+                   "--seeds", "0", "--tune", "2", "--jobs", "2", "--no-controls", "--out", str(tmp_path / "cut")]  # fmt: skip
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    whole = start(tmp_path / "whole")
-    output, _ = whole.communicate(timeout=280)
-    assert whole.returncode == 0, output.decode()
-    cut = start(tmp_path / "cut")
+    cut = start()
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("cut/cells/*/cell.json")) and cut.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     cut.send_signal(signal.SIGKILL)
     cut.communicate()
     time.sleep(8)  # its two trainings notice within a second and end as by Ctrl-C
-    again = start(tmp_path / "cut")
+    again = start()
     output, _ = again.communicate(timeout=280)
     assert again.returncode == 0, output.decode()
     one, other = (json.loads((tmp_path / n / "comparison.json").read_text()) for n in ("whole", "cut"))
