@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("dp_accounting")
@@ -23,6 +28,7 @@ from confrere.methods.turns import Turns
 from confrere.noisy import NoisyLearner
 from confrere.predict import predict_folder
 from confrere.privacy import epsilon
+from confrere.privacy.mechanism import noisy_mean
 from confrere.record.files import read_json
 from confrere.record.run import Run
 from confrere.report import write_report
@@ -87,6 +93,35 @@ def test_from_training_to_report_and_prediction(hospitals: Path, tmp_path: Path)
     count, problems = predict_folder(out, "ashford", folder, tmp_path / "p.csv")
     assert count == len(list(folder.glob("*.png")))
     assert problems == []
+
+
+def numbers_of(file: Path) -> np.ndarray:
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    return np.array([[float(v) for k, v in row.items() if k not in ("file", "predicted")] for row in rows])
+
+
+@pytest.mark.slow
+def test_without_noise_and_clip_predictions_are_those_of_ordinary_training(
+    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G20, from training over saving and loading to predictions: everybody is drawn in every step."""
+    monkeypatch.setattr(
+        "confrere.noisy.noisy_mean", lambda total, m, source: noisy_mean(total, replace(m, sigma=0), source)
+    )
+    both = {"method": "fedit", "adapter": {"dropout": 0.0}, "selection": {"every": 2}}
+    found, batch = [], 64
+    for name, privacy in (("noisy", {**SEEDED, "clip": 1e3}), ("ordinary", {"unit": "", "delta": 0.0})):
+        values = {**chosen(hospitals, **both, train={"batch_size": batch}), "privacy": privacy}
+        run_experiment(validate(values), tmp_path / name)
+        predict_folder(tmp_path / name, "ashford", hospitals / "ashford", tmp_path / f"{name}.csv")
+        found.append(numbers_of(tmp_path / f"{name}.csv"))
+        with (tmp_path / name / "splits.csv").open() as file:  # in batches of so many each image comes equally often
+            batch = math.lcm(*Counter(row["site"] for row in csv.DictReader(file) if row["split"] == "train").values())
+    apart = float(np.abs(found[0] - found[1]).max())
+    print(f"\nG20: predictions of {len(found[0])} images differ by {apart:.0e} at most")
+    assert found[0].std(0).max() > 1e-3
+    assert apart < 1e-4  # rounding, which AdamW divides by small gradients; other batches make 6e-4
 
 
 @pytest.mark.slow
