@@ -34,20 +34,20 @@ from confrere.seeds import numpy_generator
 
 METHODS = ("fedit", "fedper", "local", "pooled")
 SEEDS = (0, 1, 2)
+UNETR = {"name": "unetr", "patch": [32, 32, 32]}
 SETTINGS: dict[str, Any] = {
     "task": "volume-segmentation",
     "method": "fedit",
     "threads": 1,
     "controls": [],
     "data": {"classes": list(CLASSES), "volume": {"size": [48, 64, 48]}, "test": 0.3},
-    "backbone": {"name": "unet", "patch": [32, 32, 32]},
-    "train": {"batch_size": 4, "lr": 3e-3, "steps": 12, "balance": "none"},
+    "backbone": UNETR,
+    "train": {"batch_size": 2, "lr": 3e-3, "steps": 12, "balance": "none"},
     "rounds": 10,
     "selection": {"every": 5},
     "record": {"keep": 1},
 }
 STARTS = ("random", "random, equal steps", "lwi")
-UNETR = {"name": "unetr", "patch": [32, 32, 32]}
 # As in hippocampus.py: slabs along the long axis of the hippocampus, a permutation of each volume's own.
 LWI = {"name": "lwi", "axis": 1, "per_sample": True}
 PARTS = ("train", "test", "train", "val", "train", "train", "test")
