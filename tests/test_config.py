@@ -186,8 +186,12 @@ def test_a_misspelt_key_of_a_partition_names_the_nearest() -> None:
         ({"method": {"name": "fedopal", "lam": float("nan")}}, "method.lam"),
         ({"method": "local", "hold_out": "a"}, "hold_out"),
         ({"method": {"head": "local"}, "hold_out": "a"}, "hold_out"),
+        ({"train": {"class_weights": {"a": 1.0}}}, "train.class_weights"),  # and classes are drawn equally often
+        ({"train": {"class_weights": {"a": -1.0}, "balance": "none"}}, "train.class_weights.a"),
+        ({"task": "multi-label", "data": {"target": "labels"}, "controls": [],
+          "train": {"class_weights": {"a": 1.0}, "balance": "none"}}, "train.class_weights"),
     ],
-)
+)  # fmt: skip
 def test_what_could_only_fail_later_is_refused_at_once(values: dict[str, object], where: str) -> None:
     with pytest.raises(ConfigError) as error:
         validate({"path": "x", **values})

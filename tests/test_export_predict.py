@@ -20,7 +20,7 @@ from confrere.adapters.folder import import_
 from confrere.backbones import load
 from confrere.config import Experiment, read, validate
 from confrere.data.federation import Federation
-from confrere.errors import BackboneError, DataError, RunError
+from confrere.errors import BackboneError, ConfigError, DataError, RunError
 from confrere.export import export_adapters
 from confrere.job import make_site, open_data, prepare, run_experiment
 from confrere.method import Request, make
@@ -86,6 +86,13 @@ def test_a_directory_in_use_is_not_taken_for_another_experiment(runs: dict[str, 
             run_experiment(other, runs["fedit"])
     run_experiment(experiment(hospitals, "fedit"), runs["fedit"])
     assert (runs["fedit"] / "results.json").read_bytes() == before
+
+
+def test_class_weights_for_other_classes_than_those_of_the_data_are_refused(tmp_path: Path, hospitals: Path) -> None:
+    train = {"balance": "none", "class_weights": {"benign": 0.5, "malignant": 1.0}}
+    with pytest.raises(ConfigError) as caught:
+        open_data(experiment(hospitals, "fedit", train=train), tmp_path)
+    assert (caught.value.where, caught.value.code) == ("train.class_weights", "classes")
 
 
 @pytest.mark.parametrize(("fraction", "sites"), [(1.0, 3), (0.5, 2), (0.1, 1)])

@@ -150,6 +150,15 @@ def test_weights_make_a_rare_class_count_as_much_as_a_common_one() -> None:
     assert float(learner(skewed())._objective()(logits, labels)) == pytest.approx(float(np.log(len(CLASSES))))
 
 
+def test_given_weights_multiply_the_loss_of_their_class_whatever_the_images() -> None:
+    one = learner(skewed(), balance="none", class_weights={name: 0.5 + k for k, name in enumerate(CLASSES)})
+    logits, labels = torch.randn(3, len(CLASSES), generator=torch.Generator().manual_seed(1)), torch.tensor([2, 0, 1])
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert float(one._objective()(logits, labels)) == pytest.approx(float((each * (0.5 + labels)).mean()), rel=1e-6)
+    params = initial_params(tiny_backbone(SLOTS), make("fedit"), "a")
+    assert one.mean_loss(params, "train") != pytest.approx(learner(skewed(), balance="none").mean_loss(params, "train"))
+
+
 def test_the_same_address_draws_the_same_batches_whatever_was_drawn_before() -> None:
     one = learner()
     first = [b.tokens for b in one.batches(3, "t")]

@@ -82,6 +82,7 @@ class TrainChoice(Part):
     batch_size: int = Field(default=16, ge=1, le=4096)
     steps: int = Field(default=10, ge=1)
     balance: Literal["sampling", "weights", "none"] = "sampling"
+    class_weights: dict[str, Annotated[float, Field(gt=0, le=1000)]] = {}
     loss: str = ""
     clip: float = Field(default=1.0, gt=0)
     views: Literal[1, 2, 4, 8] = 1

@@ -71,6 +71,9 @@ def _check_task(experiment: Experiment) -> None:
     if train.balance == "weights" and not task.weighted:
         fix = 'use "sampling" or "none"'
         raise ConfigError(f"{task.name} has no class weights", where="train.balance", fix=fix, code="task")
+    if train.class_weights and (not task.weighted or task.target != "label" or train.balance != "none"):
+        what, fix = "weights of classes need a task with one class an image", 'use train.balance="none"'
+        raise ConfigError(what, where="train.class_weights", fix=f"{fix}, and classification", code="task")
     if train.foreground and not isinstance(task, VolumeSegmentation):
         what, fix = f"{task.name} has no windows around a foreground", 'leave it out, or use task="volume-segmentation"'
         raise ConfigError(what, where="train.foreground", fix=fix, code="task")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,6 +32,7 @@ class TrainSettings:
         batch_size: images a step. steps: optimiser steps a round, the same for every method.
         balance: ``sampling`` draws classes equally often (with replacement), ``weights`` shuffles and weights the
             loss by inverse class counts, ``none`` shuffles.
+        class_weights: class -> weight in the loss, for all classes or none; chosen without a look at these images.
         loss: one of the task's; empty: its first.
         clip: largest gradient norm of a step.
         foreground: chance that the window of a volume is centred on its foreground, see
@@ -46,6 +47,7 @@ class TrainSettings:
     batch_size: int = 16
     steps: int = 10
     balance: str = "sampling"
+    class_weights: Mapping[str, float] = field(default_factory=dict)
     loss: str = ""
     clip: float = 1.0
     views: int = 1
@@ -148,9 +150,8 @@ class Learner:
                     correct_gradients(trained, correct)
                 norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), cfg.clip)
                 if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
-                    what = "the training loss or its gradient is not finite"
+                    what, fix = "the training loss or its gradient is not finite", "lower train.lr, or method.lam"
                     where = f"site {self.site}, round {self.round}, step {len(losses)}"
-                    fix = "lower train.lr, or lower method.lam if the method has one"
                     raise TrainingError(what, where=where, fix=fix, code="diverged")
                 optimiser.lr = self.rate(len(losses) - 1, steps)
                 optimiser.step()
@@ -166,9 +167,8 @@ class Learner:
     def sweep(self, split: str, *, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Yield all images of ``train`` or ``val`` once, in order (or the first ``limit``), on the device."""
         if split == "test":
-            raise TrainingError(
-                "test images do not train", where=f"site {self.site}", fix="use train or val", code="diverged"
-            )
+            what, where = "test images do not train", f"site {self.site}"
+            raise TrainingError(what, where=where, fix="use train or val", code="diverged")
         rows = self.data.rows(split)[:limit]
         parts = (self.data.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
         yield from feed(parts, self.backbone.device)
@@ -196,13 +196,14 @@ class Learner:
 
     def _objective(self, rows: np.ndarray | None = None) -> Objective:
         """Return the loss of a training batch, or that whose mean over ``rows`` is what training minimises."""
-        task = self.backbone.task
+        task, given = self.backbone.task, self.settings.class_weights
         name = self.settings.loss or task.losses[0]
         weighted = ("weights",) if rows is None or task.target != "label" else ("weights", "sampling")
-        if self.settings.balance not in weighted or not task.weighted:
+        if not given and (self.settings.balance not in weighted or not task.weighted):
             return task.objective(name)
         rows = self.data.rows("train") if rows is None else rows
-        weights = task.weights(self.data.targets(rows), len(self.data.classes))
+        counted = task.weights(self.data.targets(rows), len(self.data.classes)).tolist()
+        weights = torch.tensor([given.get(name, own) for name, own in zip(self.data.classes, counted, strict=True)])
         return task.objective(name, weights.to(self.backbone.device))
 
     def features(self, params: Tensors, batch: Batch) -> Tensor:

@@ -45,6 +45,10 @@ def check_sites(experiment: Experiment, federation: Federation) -> None:
             raise ConfigError(
                 f"there is no site {name!r}", where=f"{key}.{name}", fix=nearest(name, names), code="unknown-site"
             )
+    weighed = experiment.train.class_weights
+    if weighed and set(weighed) != set(federation.classes):
+        fix = f"give one for each of: {', '.join(federation.classes)}"
+        raise ConfigError("not the classes of the data", where="train.class_weights", fix=fix, code="classes")
     if experiment.hold_out is not None:
         federation.site(experiment.hold_out)  # DataError names the sites when there is none of this name
         if len(federation.sites) < 2:

@@ -170,10 +170,11 @@ def test_sigkill_then_the_same_command_gives_the_same_numbers(tmp_path: Path) ->
     asked = validate(override({"path": str(tmp_path / "data")}, options))
     compare(asked, ["fedit"], [0], tmp_path / "whole", trials=2, controls=False)
     env = {**os.environ, "CONFRERE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    cut_short = tmp_path / "cut"
 
     def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "confrere", "compare", str(tmp_path / "data"), *options, "--methods", "fedit",
-                   "--seeds", "0", "--tune", "2", "--jobs", "2", "--no-controls", "--out", str(tmp_path / "cut")]  # fmt: skip
+        command = [sys.executable, "-m", "confrere", "compare", tmp_path / "data", *options, "--methods", "fedit",
+                   "--seeds", "0", "--tune", "2", "--jobs", "2", "--no-controls", "--out", cut_short]  # fmt: skip
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     cut = start()

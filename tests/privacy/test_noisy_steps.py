@@ -71,6 +71,22 @@ def test_sums_are_those_of_gradients_that_are_taken_and_clipped_one_by_one(name:
     print(f"\nG20: {name}, clip {clip:g}: at most {most:.0e} from gradients taken one by one")
 
 
+def test_given_class_weights_scale_a_gradient_before_it_is_clipped() -> None:
+    data, params = tiny_data(backbone_of(FEDIT), "a"), drawn_params(FEDIT)
+    given = {name: 10.0 ** -(k + 1) for k, name in enumerate(data.classes)}
+    learner = noisy_learner(FEDIT, EVERYBODY, data, class_weights=given)
+    with torch.no_grad():
+        mean = learner._gradient({}, {n: t.requires_grad_() for n, t in params.items()}, "fit", 0)
+    rows = data.rows("train")
+    slow = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in params.items()}
+    for row, one in zip(rows, one_by_one(FEDIT, {n: t.detach() for n, t in params.items()}, data, rows), strict=True):
+        grads = {n: g.double() * given[data.classes[int(data.labels[row])]] for n, g in one.items()}
+        norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+        slow = {n: slow[n] + g * min(1.0, CLIP / norm) / len(rows) for n, g in grads.items()}
+    for n in params:
+        torch.testing.assert_close(mean[n].double(), slow[n], atol=1e-5, rtol=1e-4)
+
+
 def test_without_noise_and_clip_steps_are_those_of_all_images() -> None:
     """G20: sigma 0, an endless clip, everybody drawn, no dropout: five steps of AdamW on the mean gradient."""
     learner, params = noisy_learner(FEDIT, replace(EVERYBODY, clip=1e9)), drawn_params(FEDIT)
