@@ -29,8 +29,11 @@ class VolumeSegmentation(Segmentation):
     title = "Segmentation of volumes"
 
     def init(self, outputs: int, features: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a head of zeros: before training all classes are equally probable."""
-        return head.init(outputs, features)
+        """Return a random head, as wide as PyTorch draws last layers; bias 0.
+
+        The network below is trained from nothing, and with a head of zeros it learns much later.
+        """
+        return head.init(outputs, features, generator, std=(3 * features) ** -0.5)
 
     def apply(self, params: Tensors, features: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return scores, and where the network looked (B, K + 1, X, Y, Z), of maps (B, X, Y, Z, D + 1)."""
