@@ -1,50 +1,75 @@
-"""A generated federation and the command line under the injector, for tests that need real processes."""
+"""A generated federation and the command line under the injector of faults, for tests that need real processes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nursery import Forked, Nursery
 
 from confrere.data.synthetic import make_microscopy
 
-FAULTS = Path(__file__).with_name("faults.py")
+FAULTS = Path(__file__).parent / "reliability" / "faults.py"
 OPTIONS = (
     "--backbone", "test-vit", "adapter.blocks=2", "train.steps=2", "train.batch_size=8", "threads=1", "workers=1",
-    "controls=[]", "rounds=3",
+    "controls=[]",
 )  # fmt: skip
+Process = subprocess.Popen[bytes] | Forked
 
 
-def make_place(folder: Path) -> Path:
-    """Write two generated hospitals; return the folder."""
-    make_microscopy(folder / "hospitals", seed=3, sites=2, images=(16, 20), size=32)
+def make_place(folder: Path, *, sites: int = 2, images: tuple[int, int] = (16, 20)) -> Path:
+    """Write generated hospitals; return the folder."""
+    make_microscopy(folder / "hospitals", seed=3, sites=sites, images=images, size=32)
     return folder
 
 
+def resumable(run: Path) -> bool:
+    """Return whether a run can be resumed."""
+    return (run / "experiment.toml").exists()
+
+
 def start(
-    place: Path, run: Path, fault: str, verb: str, *options: str, nursery: Nursery | None = None
-) -> subprocess.Popen[bytes] | Forked:
-    """Start ``confrere VERB`` with a fault, as a process of its own or as a fork, which has its imports done."""
-    words = ["resume", str(run)] if verb == "resume" else ["run", str(place / "hospitals"), "--out", str(run), *OPTIONS]
-    line = ["--under", str(run), fault, "--", *words, *options]
-    environment = {**os.environ, "CONFRERE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+    place: Path,
+    run: Path,
+    fault: str,
+    *options: str,
+    nursery: Nursery | None = None,
+    begin: Sequence[str] = ("rounds=3",),
+    under: Path | None = None,
+    log: Path | None = None,
+    cache: Path | None = None,
+) -> Process:
+    """Start ``confrere run``, or ``resume`` where it was begun, with a fault.
+
+    Args:
+        place: holds ``hospitals`` and, unless another ``cache`` is given, the cache.
+        run: its folder.
+        fault: as ``reliability/faults.py`` has it.
+        options: of either command.
+        nursery: whose fork the process is, which has its imports done; without one it stands alone.
+        begin: options of ``run`` alone, beside OPTIONS.
+        under: where files are counted, by default the run.
+        log: of the injector.
+        cache: of this run.
+    """
+    words = (
+        ["resume", str(run)]
+        if resumable(run)
+        else ["run", str(place / "hospitals"), "--out", str(run), *OPTIONS, *begin]
+    )
+    line = ["--under", str(under or run), *(["--log", str(log)] if log else []), fault, "--", *words, *options]
+    environment = {**os.environ, "CONFRERE_CACHE": str(cache or place / "cache"), "OMP_NUM_THREADS": "1"}
     if nursery:
         return nursery.start(line, environment, FAULTS)
-    return subprocess.Popen(
-        [sys.executable, str(FAULTS), *line],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored
-    )
+    command = [sys.executable, str(FAULTS), *line]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def finished(process: subprocess.Popen[bytes] | Forked) -> tuple[int | None, str]:
+def finished(process: Process) -> tuple[int | None, str]:
     """Return exit code and all that a process said."""
     output, errors = process.communicate(timeout=240)
     return process.returncode, (output + errors).decode()
