@@ -116,6 +116,14 @@ def test_views_are_the_eight_orientations_and_only_training_images_have_them(tmp
         assert torch.equal(got[k], backbone.prefix(oriented(whole, int(view)))[at])
 
 
+def test_a_site_without_training_images_has_none_in_other_views(tmp_path: Path) -> None:
+    images = site()
+    images.split[:] = 2
+    for _ in range(2):
+        found = tokens(tiny_backbone(), images, CLASSES, tmp_path, views=2)
+        assert [len(found.tokens), len(found.views[0])] == [5, 0]
+
+
 def test_the_pooled_set_finds_the_same_views(tmp_path: Path) -> None:
     parts = [site(n=4), site(n=3, first=9)]
     for part in parts:

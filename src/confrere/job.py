@@ -142,15 +142,13 @@ def train(task: Prepared, path: Path, notify: Notify = lambda event: None) -> No
     """Train in this process: run the rounds, examine the chosen one, export every site's adapters."""
     run, experiment, method = Run(path), task.experiment, task.method
     sites = {name: make_site(task, name, run) for name in task.data}
-    if method.pools:
-        sites[POOLED] = make_site(task, POOLED, run)
-    each = threads(experiment, task.federation)
     if method.pools:  # one site trains: it takes all cores
-        torch.set_num_threads(experiment.threads or most_threads())
-        transport = InProcess(sites)
+        sites[POOLED] = make_site(task, POOLED, run)
+        each, workers = experiment.threads or most_threads(), 1
     else:
-        torch.set_num_threads(each)
-        transport = InProcess(sites, experiment.workers or max(1, cores() // each))
+        each = threads(experiment, task.federation)
+        workers = experiment.workers or max(1, cores() // each)
+    torch.set_num_threads(each)
 
     def export(results: Mapping[str, Any], chosen: int) -> None:
         export_adapters(path / "adapters", method, run.server(chosen), sites, results, chosen)
@@ -158,7 +156,7 @@ def train(task: Prepared, path: Path, notify: Notify = lambda event: None) -> No
     weights, choice = {name: site.weight for name, site in sites.items()}, experiment.secure
     own = run.path / "sites"
     roster = equip(sites, own, threshold=choice.threshold, clip=choice.clip) if experiment.masked else None
-    lead(task, run, transport, weights, export, stamp(experiment, task.federation), notify, roster)
+    lead(task, run, InProcess(sites, workers), weights, export, stamp(experiment, task.federation), notify, roster)
 
 
 def lead(

@@ -1,14 +1,16 @@
-"""Folders of pictures beside a prediction: replaced as a whole, so that none of an earlier prediction stays."""
+"""Folders of pictures or volumes beside a prediction: replaced as a whole, so that none of an earlier one stays."""
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from confrere import intake
+from confrere import intake, pictures
+from confrere.data import grid
 from confrere.data.paths import new_folder
-from confrere.pictures import MADE_HERE
 
 
 @contextmanager
@@ -19,7 +21,7 @@ def picture_folders(out: Path, **wanted: bool) -> Iterator[dict[str, Path]]:
 
     Args:
         out: CSV beside which they lie.
-        wanted: kinds of pictures, e.g. ``masks=True``.
+        wanted: kinds of pictures, e.g. ``masks=True``; those of a prediction of another kind are to go, too.
 
     Raises:
         DataError: a folder holds what no prediction wrote; nothing is changed. RunError: it cannot be written.
@@ -37,11 +39,12 @@ def picture_folders(out: Path, **wanted: bool) -> Iterator[dict[str, Path]]:
 
 
 def made_here(path: Path) -> bool:
-    """Return whether the path is an ordinary file that begins as :func:`confrere.pictures.png` marks what it makes."""
+    """Return whether the path is an ordinary file, marked by :func:`confrere.pictures.png` or ``grid.nifti_bytes``."""
     if path.is_symlink() or not path.is_file():
         return False
     try:
         with intake.open_file(path) as file:
-            return MADE_HERE in file.read(100)
-    except OSError:
+            start = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(grid.DESCRIPTION.stop)
+    except (OSError, EOFError, zlib.error):  # it cannot be read, or is no gzip file
         return False
+    return pictures.MADE_HERE in start[:100] or start[grid.DESCRIPTION].rstrip(b"\0") == grid.MADE_HERE

@@ -203,7 +203,8 @@ def predict_folder(
         RunError: the site has no adapters, or its method no overlays.
     """
     predictor = Predictor(run, site)
-    if overlays and not predictor.backbone.task.dense:
+    dense = predictor.backbone.task.dense
+    if overlays and not dense:
         predictor.refuse_overlays()
     if predictor.backbone.anatomy.accept is not None:
         raise DataError(
@@ -225,9 +226,8 @@ def predict_folder(
         given = [fit_for_csv(name) for name in names]
         predict_boxes(predictor, images, given, sizes, out, overlays=overlays, batch_size=batch_size)
         return len(images), problems
-    dense = predictor.backbone.task.dense
     with picture_folders(out, masks=dense, overlays=overlays > 0) as folders:
-        rows = _predicted(predictor, images, sizes, folders, overlays=overlays, batch_size=batch_size)
+        rows = _predicted(predictor, images, sizes, folders, dense=dense, overlays=overlays, batch_size=batch_size)
     write_bytes(out, _csv(names, rows, predictor.columns, named=predictor.backbone.task.target == "label"))
     return len(images), problems
 
@@ -238,12 +238,12 @@ def _predicted(
     sizes: Sequence[tuple[int, int]],
     folders: Mapping[str, Path],
     *,
+    dense: bool,
     overlays: int,
     batch_size: int,
 ) -> list[np.ndarray]:
     """Return each image's line of the CSV, and write its pictures."""
     rows: list[np.ndarray] = []
-    dense = predictor.backbone.task.dense
     for start in range(0, len(images), batch_size):
         found = predictor.probabilities(np.stack(images[start : start + batch_size]))
         for i, chances in enumerate(found, start):

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confrere.data.decode import BadImageError
-from confrere.data.grid import as_stored, made_here, nifti_bytes
+from confrere.data.grid import as_stored, nifti_bytes
 from confrere.data.options import Grid
-from confrere.data.paths import Root, fit_for_csv, new_folder
+from confrere.data.paths import Root, fit_for_csv
 from confrere.data.volume import Volume, prepared, read_volume, restored
 from confrere.errors import DataError
+from confrere.picture_folders import picture_folders
 from confrere.record.files import write_bytes
 
 if TYPE_CHECKING:
@@ -48,14 +49,13 @@ def predict_volumes(
     Returns the number of rows and one line per volume that could not be read; such volumes are left out.
 
     Raises:
-        DataError: no volume could be read, or the folder of labels holds something else. RunError: it cannot be
-            written.
+        DataError: no volume could be read, or a folder of an earlier prediction holds something else. RunError: it
+            cannot be written.
     """
     grid, guard = Grid.model_validate(data["volume"]), Root(source)
     rows, problems, cut = list[list[str]](), list[str](), 0
     files = _volumes(source)
-    out = out.absolute()
-    with new_folder(out.with_name(out.stem + "_masks"), replaces=made_here) as masks:
+    with picture_folders(out, masks=True, overlays=False) as folders:
         for path in files:
             name = path.absolute().name if path == source else str(path.relative_to(source))
             try:
@@ -66,7 +66,7 @@ def predict_volumes(
                 problems.append(f"{name}: {error}")
                 continue
             content = nifti_bytes(as_stored(labels, volume.stored_affine), volume.stored_affine)
-            write_bytes(masks / f"{len(rows):04d}.nii.gz", content)
+            write_bytes(folders["masks"] / f"{len(rows):04d}.nii.gz", content)
             counts = [*np.bincount(labels.ravel(), minlength=len(predictor.classes))[1:], outside]
             rows.append([fit_for_csv(name), *(f"{n * np.prod(volume.spacing) / 1000:.4f}" for n in counts)])
             cut += outside > 0

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from confrere.backbones import Backbone
 from confrere.data.cache import DECODER
 from confrere.data.federation import SiteImages
-from confrere.data.mapped import Mapped, one_maker, open_sealed, sealed
+from confrere.data.mapped import Blank, Mapped, made
 from confrere.data.view import View
-from confrere.errors import ConfigError, DataError
+from confrere.errors import ConfigError
 from confrere.seeds import derive
 from confrere.tokenset import Array, TokenSet, as_numpy, oriented
 
@@ -135,45 +136,20 @@ def _cached(
     cache: Path,
     progress: Callable[[str, int, int], None] | None,
 ) -> Mapped:
-    """Return the tokens of some images in one orientation, computed if the cache has none."""
+    """Return the tokens of some images in one orientation, computed in batches if the cache has none."""
     turned = (f"view {view}",) if view else ()
     key = derive(0, "prefix", backbone.prefix_digest, DECODER, *turned, *(site.digests[row] for row in rows))
-    path = cache / f"tokens-{key:016x}.npy"
-    kept = open_sealed(path, len(rows))
-    if kept is not None:
-        return kept
-    try:
-        with one_maker(cache):
-            kept = open_sealed(path, len(rows))  # another process may have made it meanwhile
-            if kept is None:
-                _compute(backbone, site, rows, view, path, progress)
-        return Mapped(path) if kept is None else kept
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache of frozen activations: {error.strerror}",
-            where=str(path.parent),
-            fix="free space there, or set CONFRERE_CACHE to another directory",
-            code="cache",
-        ) from error
 
+    def part(start: int) -> np.ndarray:
+        return as_numpy(backbone.prefix(oriented(site.images[rows[start : start + BATCH]], view)))
 
-def _compute(
-    backbone: Backbone,
-    site: SiteImages,
-    rows: np.ndarray,
-    view: int,
-    path: Path,
-    progress: Callable[[str, int, int], None] | None,
-) -> None:
-    total, out = len(rows), None
-    with sealed(path) as name:
-        for start in range(0, total, BATCH):
-            images = oriented(site.images[rows[start : start + BATCH]], view)
-            part = as_numpy(backbone.prefix(images))
-            if out is None:
-                out = np.lib.format.open_memmap(name, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
-            out[start : start + len(part)] = part
+    def fill(new: Blank) -> np.memmap[Any, Any]:
+        first = part(0)
+        out = new((len(rows), *first.shape[1:]), first.dtype)
+        for start in range(0, len(rows), BATCH):
+            out[start : start + BATCH] = part(start) if start else first
             if progress is not None:
-                progress(site.name, min(start + BATCH, total), total)
-        if out is not None:
-            out.flush()
+                progress(site.name, min(start + BATCH, len(rows)), len(rows))
+        return out
+
+    return made(cache / f"tokens-{key:016x}.npy", len(rows), fill, "frozen activations")

@@ -99,6 +99,25 @@ def test_without_controls_or_with_one_seed_the_limits_are_said() -> None:
     assert recommend([row("local", 0.4)], [], [])["winner"] is None
 
 
+def test_the_first_sentence_says_of_how_many_methods_the_best_is_the_best() -> None:
+    def said(*names: str) -> str:
+        rows = [row(name, 0.7 - 0.1 * place) for place, name in enumerate(names)]
+        return str(recommend(rows, [], [])["sentences"][0]["text"])
+
+    three, two = said("ditto", "fedit", "fedper"), said("fedper", "fedit", "local", "pooled")
+    assert three.startswith("Of the 3 methods, ")
+    assert " has the highest mean balanced accuracy: 70.0 %" in three
+    assert three.endswith("The highest of 3 is a little too high by selection.")
+    assert two.startswith("Of the 2 methods beside the controls, ")
+    assert " has the higher mean balanced accuracy: 70.0 %" in two
+    assert two.endswith("The higher of 2 is a little too high by selection.")
+    assert said("fedit").startswith(
+        "One shared adapter (FedIT), the only method, has a mean balanced accuracy of 70.0 %"
+    )
+    assert "the only method beside the controls, has" in said("fedit", "local")
+    assert "selection" not in said("fedit"), "one was not selected"
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_no_difference_is_claimed_that_the_corrected_test_does_not_show(seed: int) -> None:
     """Random gains and p-values: every claim in every sentence and headline is held against Holm's p."""

@@ -20,9 +20,11 @@ from confrere.consortium.doctor import _spent
 from confrere.consortium.policy import Policy, check
 from confrere.consortium.spent import Budget, budgets, check_ever, spent_ever, total
 from confrere.errors import PolicyError, RunError
+from confrere.federation import ledger as ledgers
 from confrere.federation.ledger import FILE, Ledger, enter_unhidden
 from confrere.privacy import epsilon
 from confrere.privacy.mechanism import Mechanism
+from confrere.record import journal
 
 MECHANISM = Mechanism(unit="record", units=20, rate=1.0, sigma=20.0, clip=1.0)
 A, B, C = "a" * 16, "b" * 16, "c" * 16
@@ -138,6 +140,54 @@ def test_a_record_that_was_lost_or_harmed_is_no_beginning_at_nought(tmp_path: Pa
             assert (finding.level, finding.code) == ("error", code)
     file.write_bytes(whole)
     assert len(spent_ever(file)) == 2
+
+
+def test_a_record_that_is_harmed_between_two_rounds_of_a_process_stops_it(tmp_path: Path) -> None:
+    trained(tmp_path, A, 1, 2)
+    trained(tmp_path, B, 1)
+    file, book = tmp_path / FILE, ledger(tmp_path, C)
+    book.debit(1, 5)
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    swapped = lines[0] + lines[2] + lines[1] + lines[3]
+    for content, code in (
+        (None, "privacy-ledger"),
+        (lines[0], "privacy-ledger"),  # as a copy from earlier has it
+        (swapped, "journal"),
+        (whole + swapped, "journal"),
+        (whole.replace(b'"steps": 5', b'"steps": 1', 1), "journal"),
+    ):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(RunError) as caught:
+            book.debit(2, 5)
+        assert caught.value.code == code
+        file.write_bytes(whole)
+    file.write_bytes(whole + b'{"event": "debit", "rou')  # torn by a crash
+    book.debit(2, 5)
+    assert [d["round"] for d in book.debits()] == [d["round"] for d in ledger(tmp_path, C).debits()] == [1, 2]
+    assert file.read_bytes().startswith(whole)
+
+
+def test_a_debit_reads_the_record_once_and_looks_at_the_folders_of_all_jobs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path, A, 1, 2)
+    read, looked, parsed = list[Path](), list[Path](), list[int]()
+    content, folders, parse = journal.content, ledgers._folders, journal.parse
+    monkeypatch.setattr(journal, "content", lambda file: read.append(file) or content(file))
+    monkeypatch.setattr(ledgers, "_folders", lambda root: looked.append(root) or folders(root))
+    monkeypatch.setattr(journal, "parse", lambda new, *a, **o: parsed.append(new.count(b"\n")) or parse(new, *a, **o))
+    book = ledger(tmp_path, B)
+    for round_ in (1, 2, 3):
+        book.debit(round_, 5)
+    assert (len(read), len(looked), parsed) == (3, 1, [2, 1, 1])
+    enter_unhidden(tmp_path / FILE, C, sends=False)
+    enter_unhidden(tmp_path / FILE, C, sends=False)
+    assert len(read) == 5
+    monkeypatch.undo()
+    assert [d["round"] for d in ledger(tmp_path, B).debits()] == [1, 2, 3]
 
 
 def test_a_limit_that_is_exactly_met_is_kept(tmp_path: Path) -> None:

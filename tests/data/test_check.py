@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import io
 import json
 
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from confrere.data.check import check, render_check
 from confrere.data.options import DataOptions
-from confrere.data.sheet import mark_outliers, similar_names, suppress_small
+from confrere.data.sheet import mark_outliers, similar_names
 
 
 def shown(report: dict[str, object]) -> str:
@@ -76,63 +75,6 @@ def test_many_problems_are_cut(tmp_path):
     for i in range(30):
         (root / f"a/good/{i}.png").write_text(str(i))
     assert "and 10 more" in shown(check(root, DataOptions()))
-
-
-def test_small_counts_are_withheld_when_shared(tmp_path):
-    sheet = load(make_folder(tmp_path / "h", patients=9, views=1), tmp_path / "cache").sheet
-    before = copy.deepcopy(sheet)
-    shared = suppress_small(sheet)
-    assert sheet == before
-    site = shared["sites"]["a"]
-    assert site["images"] == 18
-    assert site["classes"]["good"]["val"] == "<5"
-    assert site["classes"]["good"]["total"] == 9
-    assert site["splits"]["test"]["patients"] in {"<5", "withheld"}
-
-
-def test_a_single_small_count_cannot_be_had_by_subtraction():
-    total = {"train": 20, "val": 5, "test": 5}
-    classes = {
-        "x": {"total": 30, **total},
-        "y": {"total": 3, "train": 3, "val": 0, "test": 0},
-        "z": dict(total),
-    }
-    classes["z"]["total"] = 40
-    site = {
-        "images": 73, "patients": 60, "duplicates": 0, "conflicts": 2, "bad_files": {"x": 1},
-        "formats": {"PNG": 73},
-        "notes": {},
-        "splits": {s: {"images": 30, "patients": 20} for s in ("train", "val", "test")}, "classes": classes,
-    }  # fmt: skip
-    shared = suppress_small({"sites": {"a": site}})["sites"]["a"]
-    assert [shared["classes"][name]["total"] for name in "xyz"] == ["withheld", "<5", 40]
-    assert shared["classes"]["y"]["val"] == 0
-    assert (shared["conflicts"], shared["bad_files"]) == ("<5", {"x": "<5"})
-
-
-def test_small_counts_of_findings_and_boxes_are_withheld_when_shared():
-    none = {"train": 0, "val": 0, "test": 0}
-    site = {
-        "images": 100, "patients": 60, "duplicates": 0, "conflicts": 0, "bad_files": {}, "formats": {}, "notes": {},
-        "splits": {}, "classes": {name: {**none, "total": n} for name, n in (("x", 70), ("y", 27), ("none", 3))},
-        "findings": {
-            "x": {"present": 70, "absent": 30, "unknown": 0},
-            "y": {"present": 27, "absent": 73, "unknown": 0},
-            "z": {"present": 3, "absent": 90, "unknown": 7},
-        },
-        "boxes": {
-            "x": {"boxes": 90, "images": 70}, "y": {"boxes": 30, "images": 27}, "few": {"boxes": 9, "images": 2},
-            "most": {"boxes": 120, "images": 97}, "no": {"boxes": 0, "images": 0}, "all": {"boxes": 100, "images": 100},
-        },
-    }  # fmt: skip
-    shared = suppress_small({"sites": {"a": site}})["sites"]["a"]
-    assert shared["classes"]["y"]["total"] == "withheld"  # "none" could be had from it; and from what follows, too
-    assert shared["findings"]["x"] == site["findings"]["x"]
-    assert shared["findings"]["y"] == {"present": "withheld", "absent": "withheld", "unknown": "withheld"}
-    assert shared["findings"]["z"] == {"present": "<5", "absent": 90, "unknown": "withheld"}
-    hidden = {"boxes": "withheld", "images": "withheld"}
-    boxes = {name: hidden if name in ("y", "few", "most") else cells for name, cells in site["boxes"].items()}
-    assert shared["boxes"] == boxes
 
 
 def test_outliers():

@@ -15,7 +15,6 @@ from confrere.data.check import check, render_sheet
 from confrere.data.federation import Federation, load_federation
 from confrere.data.findings import NONE, findings_of
 from confrere.data.options import DataOptions, Partition
-from confrere.data.sheet import suppress_small
 from confrere.errors import DataError
 from confrere.report.sheet import arrange
 from confrere.seeds import numpy_generator
@@ -134,6 +133,3 @@ def test_the_sheet_counts_what_is_present_absent_and_not_known(tmp_path: Path) -
     assert [row["name"] for row in table["rows"]] == list(counts)
     assert table["parts"] == ["present", "absent", "unknown"]
     assert "Findings" not in (page["rest"] or {"columns": []})["columns"]
-    shared = suppress_small(federation.sheet)["sites"]["north"]["findings"]
-    assert set(shared["mass"].values()) == {"withheld"}
-    assert shared["rare"] == {"present": 0, "absent": 8, "unknown": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
 import tempfile
 from pathlib import Path
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_volume import ras, save, series, turned
 
+from confrere.data import grid
 from confrere.data.volume import read_labels, read_volume
 from confrere.errors import DataError, RunError
+from confrere.pictures import png
 from confrere.predict_volumes import predict_volumes
 from confrere.seeds import numpy_generator
 
@@ -144,7 +147,17 @@ def test_a_smaller_prediction_leaves_nothing_of_a_larger_one(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out.csv", "out_masks"}
 
 
-@pytest.mark.parametrize("kind", ["another's mask", "notes", "folder", "link"])
+def test_nothing_stays_of_an_earlier_prediction_of_pictures(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.nii", voxels((8, 9, 10)), ras())
+    for kind in ("masks", "overlays"):
+        (tmp_path / f"out_{kind}").mkdir()
+        (tmp_path / f"out_{kind}" / "0000.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+    predict(source, tmp_path / "out.csv")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.nii", "out.csv", "out_masks"}
+    assert [path.name for path in (tmp_path / "out_masks").iterdir()] == ["0000.nii.gz"]
+
+
+@pytest.mark.parametrize("kind", ["another's mask", "edited", "notes", "zipped notes", "cut", "folder", "link"])
 def test_what_was_not_predicted_is_never_removed(tmp_path: Path, kind: str) -> None:
     source = save(tmp_path / "a.nii", voxels((8, 9, 10)), ras())
     masks = tmp_path / "out_masks"
@@ -154,6 +167,14 @@ def test_what_was_not_predicted_is_never_removed(tmp_path: Path, kind: str) -> N
         save(theirs, voxels((8, 9, 10)), ras())
     elif kind == "notes":
         theirs.write_text("notes")
+    elif kind == "zipped notes":
+        theirs.write_bytes(gzip.compress(bytes(range(150)) + grid.MADE_HERE + bytes(200)))
+    elif kind == "edited":
+        image = nibabel.load(masks / "0000.nii.gz")
+        image.header["descrip"] = grid.MADE_HERE + b", edited"
+        nibabel.save(image, theirs)
+    elif kind == "cut":
+        theirs.write_bytes((masks / "0000.nii.gz").read_bytes()[:40])
     elif kind == "folder":
         theirs.mkdir()
     else:

@@ -22,20 +22,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # as a script, it finds only what lies beside it
+from injected import finished, make_place, start
 from nursery import Nursery
 
-from confrere.data.synthetic import make_microscopy
 from confrere.privacy.spending import spent
 from confrere.record import journal
 from confrere.record.machine import machine
 from confrere.seeds import numpy_generator
 
-FAULTS = Path(__file__).parents[1] / "reliability" / "faults.py"
 DELTA = 1e-3
-OPTIONS = (
-    "--backbone", "test-vit", "adapter.blocks=2", "train.steps=2", "train.batch_size=8", "train.balance=none",
-    "threads=1", "workers=1", "controls=[]", "rounds=4", "--method", "fedit", "privacy.unit=record",
-    "privacy.sigma=2.0", f"privacy.delta={DELTA}", "--quiet",
+PRIVATE = (
+    "train.balance=none", "rounds=4", "--method", "fedit", "privacy.unit=record", "privacy.sigma=2.0",
+    f"privacy.delta={DELTA}",
 )  # fmt: skip
 POINTS = (
     "open",
@@ -71,24 +69,15 @@ def entered(run: Path) -> tuple[Counter[tuple[str, int]], dict[str, float]]:
 class Case:
     """One run in a folder of its own."""
 
-    def __init__(self, nursery: Nursery, data: Path, cache: Path, folder: Path) -> None:
-        self.nursery, self.data, self.cache, self.folder = nursery, data, cache, folder
+    def __init__(self, nursery: Nursery, place: Path, folder: Path) -> None:
+        self.nursery, self.place, self.folder = nursery, place, folder
         self.run, self.logs = folder / "run", list[Path]()
 
     def go(self, fault: str) -> tuple[int | None, str]:
         """Run, or resume, with a fault; return the exit code and what was said."""
-        resumes = (self.run / "experiment.toml").exists()
-        words = (
-            ["resume", str(self.run), "--quiet"]
-            if resumes
-            else ["run", str(self.data), "--out", str(self.run), *OPTIONS]
-        )
         self.logs.append(self.folder / f"{len(self.logs)}.log")
-        line = ["--under", str(self.run / "sites"), "--log", str(self.logs[-1]), fault, "--", *words]
-        environment = {**os.environ, "CONFRERE_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
-        process = self.nursery.start(line, environment, FAULTS)
-        _, errors = process.communicate(300)
-        return process.returncode, errors.decode()
+        own = {"nursery": self.nursery, "begin": PRIVATE, "under": self.run / "sites", "log": self.logs[-1]}
+        return finished(start(self.place, self.run, fault, "--quiet", **own))
 
     def judge(self) -> dict[str, Any]:
         """Return what was trained and what was entered, as numbers of rounds of sites."""
@@ -125,11 +114,11 @@ def carry_out(case: Case, number: int, seed: int, counts: dict[str, int]) -> dic
 def measure(out: Path, folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
     """Carry out cases until so many were killed, but for those that ``out`` holds; return what it holds."""
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"seed": seed, "cases": []}
-    make_microscopy(folder / "hospitals", seed=3, sites=2, images=(16, 20), size=32)
+    make_place(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with closing(Nursery(environment, folder / "said")) as nursery:
         (folder / "whole").mkdir()
-        whole = Case(nursery, folder / "hospitals", folder / "cache", folder / "whole")
+        whole = Case(nursery, folder, folder / "whole")
         code, said = whole.go("none")
         if code:
             raise SystemExit(f"the undisturbed run failed:\n{said}")
@@ -141,7 +130,7 @@ def measure(out: Path, folder: Path, *, kills: int, seed: int) -> dict[str, Any]
             if number in done:
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as name:
-                case = Case(nursery, folder / "hospitals", folder / "cache", Path(name).resolve())
+                case = Case(nursery, folder, Path(name).resolve())
                 found["cases"].append(carry_out(case, number, seed, counts))
             killed = [case for case in found["cases"] if case["kills"]]
             good = [case for case in killed if "problem" not in case and not case["too little"] and case["said"]]

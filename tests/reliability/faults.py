@@ -312,6 +312,7 @@ def main() -> None:
     parser.add_argument("faults")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell would have it ignored
     sys.argv = ["confrere", *args.command[args.command[:1] == ["--"] :]]
     with Faults(args.faults, under=args.under, log=args.log) as faults:
         faults.note("ready")

@@ -19,7 +19,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,25 +33,19 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))  # as a script, it finds only what lies beside it
-from nursery import Forked, Nursery
+from injected import Process, make_place, resumable, start, tensors
+from nursery import Nursery
 
-from confrere.data.synthetic import make_microscopy
 from confrere.record.machine import machine
 from confrere.record.run import Run
 from confrere.seeds import numpy_generator
 
-FAULTS = Path(__file__).with_name("faults.py")
-OPTIONS = (
-    "--backbone", "test-vit", "adapter.blocks=2", "train.steps=2", "train.batch_size=8", "threads=1", "workers=1",
-    "controls=[]",
-)  # fmt: skip
 POINTS = (
     "prefix", "step", "before_upload", "after_upload", "aggregate", "aggregated", "judge", "journal", "committed",
     "examine", "export_file", "report_file", "open", "write", "fsync", "replace",
 )  # fmt: skip
 WORK = ("task", "judge", "examine", "export", "report")
 Log = list[dict[str, Any]]
-Process = subprocess.Popen[bytes] | Forked
 
 
 class Place:
@@ -62,7 +55,7 @@ class Place:
         self.folder, self.rounds, self.seed = folder, rounds, seed
         self._fork, self._here, self._nurseries = fork, threading.local(), list[Nursery]()
         if not (folder / "hospitals").exists():
-            make_microscopy(folder / "hospitals", seed=3, sites=4, images=(24, 40), size=32)
+            make_place(folder, sites=4, images=(24, 40))
         wholes = [self._whole("whole", "--quiet"), self._whole("whole-reported")]
         if wholes[0][0] != wholes[1][0]:
             raise SystemExit("two undisturbed runs differ: nothing can be compared")
@@ -81,27 +74,21 @@ class Place:
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         # The report's points are only counted where a fault names them; this one is never reached.
         fault = "none" if options else "kill:report_file:999999"
-        process = self.start(run, points, fault, "run", self.folder / "cache", *options)
+        process = self.start(run, points, fault, self.folder / "cache", *options)
         began = _appears(run / "machine.json", process)
         _, errors = process.communicate()
         if process.returncode:
             raise SystemExit(f"the undisturbed run failed:\n{errors.decode()}")
         return fingerprint(run), read_log(points), time.monotonic() - began
 
-    def start(self, run: Path, log: Path, fault: str, verb: str, cache: Path, *options: str) -> Process:
+    def start(self, run: Path, log: Path, fault: str, cache: Path, *options: str) -> Process:
         """Start ``confrere run`` or ``confrere resume`` under the injector."""
-        words = ["resume", str(run)] if verb == "resume" else ["run", str(self.folder / "hospitals"), "--out", str(run)]
-        if verb == "run":
-            words += [*OPTIONS, "rounds=" + str(self.rounds)]
-        line = ["--under", str(run), "--log", str(log), fault, "--", *words, *options]
-        environment = {**os.environ, "CONFRERE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-        if self._fork:
-            if not hasattr(self._here, "nursery"):  # one a thread
-                self._here.nursery = Nursery(environment, self.folder / f"said-{threading.get_ident()}")
-                self._nurseries.append(self._here.nursery)
-            return self._here.nursery.start(line, environment, FAULTS)
-        command = [sys.executable, str(FAULTS), *line]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if self._fork and not hasattr(self._here, "nursery"):  # one a thread
+            said = self.folder / f"said-{threading.get_ident()}"
+            self._here.nursery = Nursery({**os.environ, "OMP_NUM_THREADS": "1"}, said)
+            self._nurseries.append(self._here.nursery)
+        nursery, begin = getattr(self._here, "nursery", None), (f"rounds={self.rounds}",)
+        return start(self.folder, run, fault, *options, nursery=nursery, begin=begin, log=log, cache=cache)
 
 
 def read_log(path: Path) -> Log:
@@ -111,10 +98,9 @@ def read_log(path: Path) -> Log:
 
 def fingerprint(run: Path) -> dict[str, str]:
     """Return the SHA-256 of every tensor file of a run, and of its results without times."""
-    found = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in run.rglob("*.safetensors")}
     results = json.loads((run / "results.json").read_text())
     del results["seconds"]
-    return found | {"results.json": hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()}
+    return tensors(run) | {"results.json": hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()}
 
 
 def _appears(file: Path, process: Process) -> float:
@@ -156,11 +142,11 @@ def carry_out(place: Place, case: int, folder: Path) -> dict[str, Any]:
     begun = time.monotonic()
     for turn in range(len(kills) + 1):
         kill = kills[turn] if turn < len(kills) else {}
-        verb = "resume" if (run / "experiment.toml").exists() else "run"
+        verb = "resume" if resumable(run) else "run"
         options = [] if "report" in kill.get("fault", "") else ["--quiet"]
         points = folder / f"{turn}.log"
         launched = time.monotonic()
-        process = place.start(run, points, kill.get("fault", "none"), verb, cache, *options)
+        process = place.start(run, points, kill.get("fault", "none"), cache, *options)
         if "share" in kill:
             _kill_later(place, run, kill["share"], process, verb)
         _, errors = process.communicate()

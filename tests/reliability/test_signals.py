@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import finished, make_place, start, tensors
+from injected import finished, make_place, start, tensors
 from nursery import Nursery
 
 from confrere.config import validate
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(place: Path) -> dict[str, str]:
-    code, said = finished(start(place, place / "whole", "none", "run", "--quiet"))
+    code, said = finished(start(place, place / "whole", "none", "--quiet"))
     assert code == 0, said
     return tensors(place / "whole")
 
@@ -46,13 +46,12 @@ def test_an_interrupt_is_130_with_the_way_back(
 ) -> None:
     signal_ = "int" if MOMENTS.index(moment) % 2 else "term"
     run = tmp_path / "run"
-    code, said = finished(start(place, run, f"{signal_}:{moment}", "run", "--quiet", nursery=nursery))
+    code, said = finished(start(place, run, f"{signal_}:{moment}", "--quiet", nursery=nursery))
     assert code == 130, said
     assert f"confrere resume {run}" in said
     assert "Traceback" not in said
     assert not list(run.rglob(".tmp-*")), "an interrupt, unlike a kill, cleans up"
-    verb = "resume" if (run / "experiment.toml").exists() else "run"
-    code, said = finished(start(place, run, "none", verb, "--quiet", nursery=nursery))
+    code, said = finished(start(place, run, "none", "--quiet", nursery=nursery))
     assert code == 0, said
     assert tensors(run) == whole
 
@@ -60,7 +59,7 @@ def test_an_interrupt_is_130_with_the_way_back(
 @pytest.fixture(scope="module")
 def reporting(place: Path) -> tuple[int, str]:
     """Return exit code and words of a run that is interrupted while it writes its report."""
-    return finished(start(place, place / "reporting", "term:report_file:1", "run"))
+    return finished(start(place, place / "reporting", "term:report_file:1"))
 
 
 @pytest.mark.slow
@@ -84,11 +83,11 @@ def test_a_second_process_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
 ) -> None:
     """A3: the first is held in its second round by the injector."""
     run = tmp_path / "run"
-    first = start(place, run, "sleep=120:aggregate:2", "run", "--quiet")
+    first = start(place, run, "sleep=120:aggregate:2", "--quiet")
     while not (run / "server" / "00001.safetensors").exists() and first.poll() is None:
         os.sched_yield()
     before = tensors(run)
-    code, said = finished(start(place, run, "none", "resume", "--quiet"))
+    code, said = finished(start(place, run, "none", "--quiet"))
     assert code == RunError.exit_code, said
     assert f"process {first.pid} is using this run" in said
     assert "Traceback" not in said
@@ -96,7 +95,7 @@ def test_a_second_process_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
     first.kill()
     first.communicate()
     assert (run / ".lock-holder").exists(), "stale, as a kill leaves it"
-    code, said = finished(start(place, run, "none", "resume", "--quiet"))
+    code, said = finished(start(place, run, "none", "--quiet"))
     assert code == 0, said
     assert tensors(run) == whole
 

@@ -220,7 +220,7 @@ def test_the_axis_of_gains_holds_every_interval() -> None:
 
 def test_the_sheet_is_arranged_in_tables_and_keeps_unknown_keys() -> None:
     counts = {
-        "nv": {"train": 3, "val": 1, "test": "<5", "total": 9},
+        "nv": {"train": 3, "val": 1, "test": "?", "total": 9},
         "mel": {"train": 0, "val": 0, "test": 0, "total": 0},
     }
     sheet = arrange(

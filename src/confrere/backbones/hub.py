@@ -43,8 +43,9 @@ def timm_hub(name: str, size: tuple[int, int] | None, known: Entry | None = None
         MissingExtraError: timm is not installed.
         BackboneError: unknown, or unreachable and not cached.
     """
-    path = located(name)
-    entry = known or Entry(name=name, kind="timm", source=_timm_source(name))
+    source = _timm_source(name)
+    path = snapshot(*_split(source))
+    entry = known or Entry(name=name, kind="timm", source=source)
     return folder(path, size, replace(entry, note=_join(entry.note, f"Hub commit {path.name}.")))
 
 

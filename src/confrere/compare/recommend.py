@@ -39,7 +39,7 @@ def recommend(
     others = {r["name"]: between(pairs, name, r["name"]) for r in rows if r["name"] != name}
     rivals = {other: pair for other, pair in others.items() if not _control(other)}
     noise = [other for other, pair in rivals.items() if pair is None or outcome(pair) == 0]
-    said = [_best(best, len(scored), metric), _beaten(name, rivals), _noise(name, noise, rivals)]
+    said = [_best(best, len(scored), len(rows), metric), _beaten(name, rivals), _noise(name, noise, rivals)]
     said += [_joining(name, others["local"]) if "local" in others else _unknown(), _others(name, scored, pairs)]
     said += [_by_hospital(name, local_pairs), _pooled(name, others.get("pooled")), _cost(best, noise, rows)]
     joins = None if (local := others.get("local")) is None else outcome(local)
@@ -88,13 +88,18 @@ def _headline(name: str, noise: Sequence[str], joins: int | None, joined: Sequen
     )
 
 
-def _best(best: Mapping[str, Any], count: int, metric: str) -> dict[str, Any]:
+def _best(best: Mapping[str, Any], count: int, among: int, metric: str) -> dict[str, Any]:
+    """Say how the best of ``count`` methods scores, in a table of ``among`` rows with those of the controls."""
     cell, site = best[metric], best["worst_site"]
     ends = "" if cell["low"] is None else f" (95 % interval {100 * cell['low']:.1f} to {100 * cell['high']:.1f})"
     worst = f"; its worst hospital is {site} with {100 * best['sites'][site]['mean']:.1f} %" if site else ""
+    mean, beside = f"{100 * cell['mean']:.1f} %{ends}{worst}.", " beside the controls" * (among > count)
+    if count == 1:
+        return _say(f"{title(best['name'])}, the only method{beside}, has a mean {spoken(metric)} of {mean}")
+    first = "higher" if count == 2 else "highest"
     return _say(
-        f"{title(best['name'])} has the highest mean {spoken(metric)} of {count} method{'s' * (count != 1)}: "
-        f"{100 * cell['mean']:.1f} %{ends}{worst}. The highest of several is a little too high by selection."
+        f"Of the {count} methods{beside}, {title(best['name'])} has the {first} mean {spoken(metric)}: {mean} "
+        f"The {first} of {count} is a little too high by selection."
     )
 
 

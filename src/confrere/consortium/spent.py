@@ -50,7 +50,7 @@ def spent_ever(file: Path) -> dict[str, Budget]:
         MissingExtraError: dp-accounting is not installed.
     """
     each: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for debit in entered(file):
+    for debit in entered(file).debits:
         if debit["steps"] > 0:
             each[debit.get("training", "")].append(debit)
     return {training: _of_one(debits) for training, debits in each.items()}

@@ -25,6 +25,8 @@ from confrere import intake
 from confrere.errors import DataError
 
 _SEAL, _PIECE = 4, 1 << 22  # bytes
+Blank = Callable[[tuple[int, ...], Any], np.memmap[Any, Any]]
+"""Gives an array of a shape and a type to write into."""
 
 
 @contextmanager
@@ -132,9 +134,8 @@ def open_sealed(path: Path, rows: int) -> Mapped | None:
 
 def made(
     path: Path,
-    shape: tuple[int, ...],
-    kind: type,
-    fill: Callable[[NDArray[Any]], None],
+    rows: int,
+    fill: Callable[[Blank], np.memmap[Any, Any]],
     what: str,
     whole: Callable[[], bool] = lambda: True,
 ) -> Mapped:
@@ -142,30 +143,30 @@ def made(
 
     Args:
         path: of the file; its folder is the cache.
-        shape: of the array.
-        kind: of its numbers.
-        fill: is given the array to write into.
+        rows: of the array.
+        fill: asks for the array, writes into it and returns it.
         what: it holds, for the message.
         whole: whether what belongs beside it is there, too; else it is made anew.
 
     Raises:
         DataError: it cannot be written.
     """
+    kept = open_sealed(path, rows)
+    if kept is not None and whole():
+        return kept
     try:
         with one_maker(path.parent):
-            kept = open_sealed(path, shape[0])
-            if kept is None or not whole():
-                with sealed(path) as name:
-                    out = np.lib.format.open_memmap(name, mode="w+", dtype=kind, shape=shape)
-                    fill(out)
-                    out.flush()
-                kept = Mapped(path)
-            return kept
+            kept = open_sealed(path, rows)  # another process may have made it meanwhile
+            if kept is not None and whole():
+                return kept
+            with sealed(path) as name:
+                fill(lambda shape, kind: np.lib.format.open_memmap(name, mode="w+", dtype=kind, shape=shape)).flush()
+            return Mapped(path)
     except OSError as error:
         raise DataError(
             f"cannot write the cache of {what}: {error.strerror}",
             where=str(path.parent),
-            fix="free space there, or choose another cache folder",
+            fix="free space there, or set CONFRERE_CACHE to another directory",
             code="cache",
         ) from error
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 
 from confrere.data.cache import Fact, workers
 from confrere.data.decode import BadImageError, read_picture, values
-from confrere.data.mapped import Mapped, made
+from confrere.data.mapped import Blank, Mapped, made
 from confrere.data.register import Registration, SiteFiles, only
 from confrere.data.sources import Problem, Row
 from confrere.data.view import View
@@ -105,12 +106,14 @@ def _kept(
     text = "|".join([f"{_VERSION}", f"{size}", f"{classes}", *digests, *(fact.digest for fact in facts)])
     path = cache / f"masks-{hashlib.sha256(text.encode()).hexdigest()}.npy"
 
-    def fill(out: NDArray[np.uint8]) -> None:
+    def fill(new: Blank) -> np.memmap[Any, Any]:
+        out = new((len(facts), *size), np.uint8)
         with ThreadPoolExecutor(workers()) as pool:
             found = pool.map(lambda pair: _decoded(pair[0], pair[1], size, classes), zip(read, facts, strict=True))
             for row, mask in enumerate(found):
                 out[row] = _BAD if isinstance(mask, str) else mask
+        return out
 
-    masks = made(path, (len(facts), *size), np.uint8, fill, "masks")
+    masks = made(path, len(facts), fill, "masks")
     corners = [masks[i : i + _PART][:, 0, 0] for i in range(0, len(masks), _PART)]
     return masks, np.concatenate([*corners, np.zeros(0, np.uint8)]) != _BAD

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -143,54 +142,3 @@ def site_warnings(sites: Mapping[str, dict[str, Any]], *, classes: bool = True) 
     for name in mark_outliers(sites):
         warnings.append(f"The images of {name} are much brighter or darker than those of the other sites.")
     return warnings
-
-
-def suppress_small(sheet: Mapping[str, Any], minimum: int = 5) -> dict[str, Any]:
-    """Return a copy for sharing in which counts of 1 to ``minimum`` - 1 images or patients are withheld.
-
-    A withheld count reads ``"<5"``. Where one count could be had by subtracting the rest from a total, the
-    next smallest is withheld, too (as ``"withheld"``). Zero stays: that a class is absent is not personal.
-
-    Findings and boxes follow the same rule: present, absent and unknown sum to the images, and so do images with and
-    without a box. Where the total of a class is withheld so is what is counted under its name, from which it could be
-    had.
-    """
-    shared: dict[str, Any] = copy.deepcopy(dict(sheet))
-    for site in shared["sites"].values():
-        images = site["images"]
-        for name in ("images", "patients", "duplicates", "conflicts"):
-            site[name] = _hide(site[name], minimum)
-        for cells in (site["bad_files"], site["formats"], site["notes"]):
-            cells.update({key: _hide(value, minimum) for key, value in cells.items()})
-        for measure in ("images", "patients"):
-            _hide_together([(cells, measure) for cells in site["splits"].values()], minimum)
-        for cells in site["classes"].values():
-            _hide_together([(cells, name) for name in NAMES], minimum)
-        _hide_together([(cells, "total") for cells in site["classes"].values()], minimum)
-        for cells in site.get("findings", {}).values():
-            _hide_together([(cells, kind) for kind in cells], minimum)
-        for cells in site.get("boxes", {}).values():
-            if any(0 < count < minimum for count in (cells["images"], images - cells["images"])):
-                cells.update(dict.fromkeys(cells, "withheld"))
-        hidden = [name for name, cells in site["classes"].items() if isinstance(cells["total"], str)]
-        for name in hidden:
-            for cells in (site.get(key, {}).get(name, {}) for key in ("findings", "boxes")):
-                cells.update(dict.fromkeys(cells, "withheld"))
-    return shared
-
-
-def _hide(value: int, minimum: int) -> int | str:
-    return f"<{minimum}" if 0 < value < minimum else value
-
-
-def _hide_together(cells: Sequence[tuple[dict[str, Any], str]], minimum: int) -> None:
-    """Hide small cells that sum to a known total; a single hidden one takes another with it."""
-    counts = [(cell[key], index) for index, (cell, key) in enumerate(cells)]
-    small = [index for value, index in counts if 0 < value < minimum]
-    for index in small:
-        cell, key = cells[index]
-        cell[key] = f"<{minimum}"
-    rest = sorted((value, index) for value, index in counts if value >= minimum)
-    if len(small) == 1 and rest:
-        cell, key = cells[rest[0][1]]
-        cell[key] = "withheld"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from confrere import intake
 from confrere.data.cache import CHANGED, Entry, Fact
 from confrere.data.decode import EMPTY, SPECIAL, BadImageError, refusal
-from confrere.data.mapped import made, sealed
+from confrere.data.mapped import Blank, made, sealed
 from confrere.data.masks import NONE
 from confrere.data.options import Grid
 from confrere.data.register import MISSING, Registration, SiteFiles, only
@@ -70,18 +70,19 @@ def placed(cache: Path, files: Mapping[str, Path], grid: Grid) -> Entry:
     digests = sorted(files)
     key = _key("volumes", grid, digests)
     path, beside = cache / f"{key}.npy", cache / f"{key}.json"
-    shape = (len(digests), *grid.size, 1)
     notes: dict[str, dict[str, Any]] = {}
 
-    def fill(out: NDArray[Any]) -> None:
+    def fill(new: Blank) -> np.memmap[Any, Any]:
+        out = new((len(digests), *grid.size, 1), np.float32)
         for row, digest in enumerate(digests):
             found = _voxels(files[digest], digest, grid)
             notes[digest] = found if isinstance(found, dict) else {"bad": found}
-            out[row] = notes[digest].pop("voxels", np.zeros(shape[1:], np.float32))
+            out[row] = notes[digest].pop("voxels", 0.0)
         with sealed(beside) as name:
             Path(name).write_text(json.dumps(notes))
+        return out
 
-    kept = made(path, shape, np.float32, fill, "volumes", lambda: _notes(beside, digests) is not None)
+    kept = made(path, len(digests), fill, "volumes", lambda: _notes(beside, digests) is not None)
     told = notes or _notes(beside, digests) or {}
     good = np.array([row for row, digest in enumerate(digests) if "bad" not in told[digest]], dtype=np.int64)
     none = (0.0, 0.0, 0.0)
@@ -109,14 +110,15 @@ def with_labels(registration: Registration, classes: Sequence[str], grid: Grid, 
     for site in registration.sites:
         told = tuple(_label_digest(row) for row in site.rows)
         key = _key("labels", grid, [str(len(classes)), *told, *(fact.digest for fact in site.entry.facts)])
-        shape = (len(site.rows), *grid.size)
 
-        def fill(out: NDArray[Any], site: SiteFiles = site) -> None:
+        def fill(new: Blank, site: SiteFiles = site) -> np.memmap[Any, Any]:
+            out = new((len(site.rows), *grid.size), np.uint8)
             for index, row in enumerate(site.rows):
                 found = _labels(row, len(classes), grid)
                 out[index] = _BAD if isinstance(found, str) else found
+            return out
 
-        kept = made(cache / f"{key}.npy", shape, np.uint8, fill, "volumes")
+        kept = made(cache / f"{key}.npy", len(site.rows), fill, "volumes")
         good = np.array([int(kept[row].flat[0]) != _BAD for row in range(len(kept))], dtype=np.bool_)
         for row, fine in zip(site.rows, good, strict=True):
             if not fine:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,17 @@ ALL_ROUNDS = 0
 """In place of a round, where one debit stands for a whole training."""
 
 
+class Record(NamedTuple):
+    """What a file holds: the debits of all trainings, the hash that the next one follows, the bytes of whole lines."""
+
+    debits: list[dict[str, Any]]
+    head: str
+    whole: bytes
+
+
+NOTHING = Record([], journal.START, b"")
+
+
 @dataclass(kw_only=True)
 class Ledger:
     """The privacy of one site in one training.
@@ -59,13 +70,13 @@ class Ledger:
     limit: float
     file: Path | None = None
     training: str = ""
-    _memory: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
+    _record: Record = field(default=NOTHING, init=False, repr=False)
 
     def debits(self) -> list[dict[str, Any]]:
         """Return every debit of this training so far; RunError as :func:`entered`."""
-        if self.file is None:
-            return list(self._memory)
-        return [debit for debit in entered(self.file) if debit.get("training", "") == self.training]
+        if self.file is not None:
+            self._record = entered(self.file, self._record)
+        return [debit for debit in self._record.debits if debit.get("training", "") == self.training]
 
     def debit(self, round_: int, steps: int) -> None:
         """Enter a round's noisy steps, on disk, before any of them is made.
@@ -79,9 +90,9 @@ class Ledger:
             what = f"the budget of epsilon {self.limit:g} does not cover this round"
             raise UpdateRefusedError(what, fix="nothing: what was released stands", code="privacy-spent")
         if self.file is None:
-            self._memory.append(new)
-            return
-        _append(self.file, new)
+            self._record = self._record._replace(debits=[*self._record.debits, new])
+        else:
+            _append(self.file, self._record, new)
 
     def exhausted(self, round_: int, steps: int) -> bool:
         """Return whether the budget does not cover so many more steps."""
@@ -116,15 +127,23 @@ class Ledger:
         return {"event": "debit", "round": round_, "steps": steps, **what, "seeded": bool(own.noise_seed)}
 
 
-def entered(file: Path) -> list[dict[str, Any]]:
-    """Return every debit of a file, of all trainings in it; none where there is neither a file nor a trained round.
+def entered(file: Path, known: Record = NOTHING) -> Record:
+    """Return what a file holds; nothing where there is neither a file nor a trained round.
+
+    Args:
+        file: of debits, beside the states of their trainings.
+        known: what this process found before. As long as the file begins with that, only its new lines are parsed, and
+            states are not looked at again: their debits were there, and this process enters what it trains.
 
     Raises:
         RunError: the file is damaged, or lacks a round whose answer is there: epsilon would be too small.
     """
-    trained = {training: rounds_in(folder) for training, folder in _folders(file.parent).items()}  # before the file
-    found, rounds = _read(file)[0], defaultdict[str, set[int]](set)
-    for event in found:
+    folders = {} if known.whole else _folders(file.parent)
+    trained = {training: rounds_in(folder) for training, folder in folders.items()}  # before the file
+    found, rounds = _read(file, known), defaultdict[str, set[int]](set)
+    if not found.whole.startswith(known.whole):  # lost, or put back from a copy
+        return entered(file)
+    for event in found.debits:
         rounds[event.get("training", "")].add(event["round"])
     for training, there in trained.items():
         missing = set(there) - rounds[training]
@@ -137,26 +156,28 @@ def entered(file: Path) -> list[dict[str, Any]]:
 
 def enter_unhidden(file: Path, training: str, *, sends: bool) -> None:
     """Enter a training without noise, once, in the file of many: no epsilon is left if anything of it is sent."""
-    if any(debit.get("training") == training for debit in _read(file)[0]):
+    record = _read(file)
+    if any(debit.get("training") == training for debit in record.debits):
         return
     what = {"sigma": 0.0, "rate": 1.0, "unit": "", "delta": 0.0, "seeded": False}
-    _append(file, {"event": "debit", "round": ALL_ROUNDS, "steps": int(sends), "training": training, **what})
+    _append(file, record, {"event": "debit", "round": ALL_ROUNDS, "steps": int(sends), "training": training, **what})
 
 
-def _append(file: Path, debit: dict[str, Any]) -> None:
-    """Enter a debit, on disk, in place of one that was torn."""
-    known, head, size = _read(file)
-    append_bytes(file, size, journal.seal([debit], len(known) + 1, head)[0])
+def _append(file: Path, record: Record, debit: dict[str, Any]) -> None:
+    """Enter a debit, on disk, behind what the file holds, in place of one that was torn."""
+    append_bytes(file, len(record.whole), journal.seal([debit], len(record.debits) + 1, record.head)[0])
 
 
-def _read(file: Path) -> tuple[list[dict[str, Any]], str, int]:
-    """Return all debits, the hash that the next one follows, and the bytes of whole lines."""
+def _read(file: Path, known: Record = NOTHING) -> Record:
+    """Return what a file holds; only what follows ``known`` is parsed where it begins with that."""
     try:
         whole = journal.content(file)
-        events, head = journal.parse(whole, str(file))
+        known = known if whole.startswith(known.whole) else NOTHING
+        new = whole[len(known.whole) :]
+        events, head = journal.parse(new, str(file), after=len(known.debits), head=known.head)
     except RunError as error:  # of other journals a part may be deleted
         raise RunError(error.what, where=error.where, fix=RESTORE, code=error.code) from error
-    return [dict(event) for event in events], head, len(whole)
+    return Record([*known.debits, *map(dict, events)], head, whole)
 
 
 def _folders(root: Path) -> dict[str, Path]:

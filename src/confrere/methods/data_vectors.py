@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from confrere.adapters.vectors import fuse, shares, stack, times
 from confrere.errors import ConfigError
@@ -112,7 +111,7 @@ class DataVectors(Ensemble):
         factor = GRID[int(weighted_mean(scores)["loss"].argmin())] if scores else 1.0
         return {**new, "shared": self.mixture(new, factor)}
 
-    def mixture(self, server: State, factor: float = 1.0) -> dict[str, Tensor]:
+    def mixture(self, server: State, factor: float = 1.0) -> dict[str, torch.Tensor]:
         """Return the combination of all kept vectors, times ``factor``; for an ensemble, all of them side by side."""
         models = [server[KEPT + site] for site in sorted(server["images"])]
         sizes = [float(size) for _, size in sorted(server["images"].items())]

@@ -63,12 +63,10 @@ class FedAvgM(Method):
 class FedAdagrad(FedAvgM):
     """Step by ``m <- beta1 m + (1 - beta1) Delta``, ``v <- v + Delta^2``, ``x <- x + server_lr m / (sqrt(v) + tau)``.
 
-    v starts at ``tau^2``; neither moment is corrected for its start (algorithm 2).
-
     Args:
         server_lr: > 0; about how far an entry moves a round, once Delta^2 exceeds ``tau^2``.
-        beta1: decay of m in [0, 1).
-        tau: > 0; the smaller, the more all entries move alike.
+        beta1: decay of m in [0, 1). Neither moment is corrected for its start (algorithm 2).
+        tau: > 0; the smaller, the more all entries move alike. v starts at ``tau^2``.
 
     Differences from the paper: adapters and a head instead of whole models; AdamW at the sites, not SGD; means are
     weighed as the sites are. The defaults of ``server_lr`` and ``tau`` are ours: about a round of AdamW at 1e-3.

@@ -116,5 +116,4 @@ class IFCA(Method):
 
     def personal(self, received: State, state: State) -> Tensors:
         """Return the cluster the site last chose, or the mean model."""
-        chosen = state.get("choice", {}).get("cluster")
-        return received["shared"] if chosen is None else received[f"{CLUSTER}{int(chosen)}"]
+        return received[f"{CLUSTER}{int(state['choice']['cluster'])}" if "choice" in state else "shared"]

@@ -39,10 +39,7 @@ class Mixing(Method):
     slots: ClassVar[tuple[str, ...]] = ("general", "personal")
     targets: ClassVar[tuple[str, ...]] = ("label", "labels", "time")
     also_keeps: ClassVar[tuple[str, ...]] = ("features of a few training images",)
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "w_max": ("linear", 0.2, 0.8),
-        "head": ("choice", "shared", "local"),
-    }
+    search: ClassVar[dict[str, Any]] = {"w_max": ("linear", 0.2, 0.8), "head": ("choice", "shared", "local")}
 
     w_max: float = 0.5
     anchors: int = 5

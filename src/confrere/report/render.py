@@ -128,7 +128,7 @@ def duration(value: object) -> str:
 
 
 def amount(value: object) -> str:
-    """Return a whole number with thin spaces between thousands; text such as "<5" stays as it is."""
+    """Return a whole number with thin spaces between thousands; text such as "12 / 9" stays as it is."""
     if isinstance(value, str):
         return value
     known = number(value)

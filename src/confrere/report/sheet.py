@@ -87,7 +87,7 @@ def _counts_table(sites: Mapping[str, Json], key: str) -> Json:
 
 
 def _cell(value: object) -> Json:
-    """Return a count as its total and its parts by split; a withheld part ("<5") makes the sum unknown."""
+    """Return a count as its total and its parts by split; a part that is no number makes the sum unknown."""
     if not isinstance(value, dict):
         return {"total": 0 if value is None else value, "parts": {}}
     parts = {split: part for split, part in value.items() if split != "total"}
