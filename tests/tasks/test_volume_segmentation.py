@@ -53,6 +53,15 @@ def params(backbone: Backbone, classes: int = 3) -> dict[str, torch.Tensor]:
     return drawn | {"head.weight": torch.randn(drawn["head.weight"].shape, generator=torch_generator(1, "head"))}
 
 
+def test_the_last_layer_starts_at_random_as_the_network_below_does() -> None:
+    """From zeros it learns much later."""
+    head = TASK.init(3, 4000, torch_generator(0, "net"))
+    again = TASK.init(3, 4000, torch_generator(0, "net"))
+    assert all(torch.equal(head[name], again[name]) for name in head)
+    assert float(head["head.weight"].std()) == pytest.approx(12000**-0.5, rel=0.05)
+    assert not head["head.bias"].any()
+
+
 def test_whole_volumes_are_seen_through_windows() -> None:
     backbone = network()
     root: Any = backbone.anatomy.root
