@@ -203,7 +203,7 @@ def test_a_run_makes_a_start_that_a_run_takes(done: tuple[Path, Path], tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    ["fedit", "local", "pooled", "fedadam", "fedprox", "scaffold", "fedper", "ditto", "fedit-ft"],  # fedadam of four alike
+    ["fedit", "local", "pooled", "fedadam", "fedprox", "scaffold", "fedper", "ditto", "fedit-ft"],
 )
 def test_every_method_makes_a_start(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
