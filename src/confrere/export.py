@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 
@@ -41,21 +42,26 @@ def export_adapters(
 
     ``merged`` holds all slots as one adapter of summed rank, where the method's prediction is their sum.
     ``head.safetensors`` holds all that is no LoRA factor: the head, norms or gates of methods that have them, and a
-    network that was trained whole. Without labels: ``backbone/``, once in ``general/`` where all sites share it.
+    network that was trained whole. Without labels: ``backbone/``, in ``general/`` where all sites share it, and
+    at each site where a method has one of the site's own.
     """
     pretext = all(site.backbone.task.target == "image" for site in sites.values())
+    shared: Tensors | None = None
     if pretext and method.has_general() and results["sites"]:
         first = sites[min(results["sites"])]
-        params = first.params(Request(kind="evaluate", round=round_, state=method.broadcast(server, first.name)))
-        export_backbone(folder / "general" / "backbone", method, first.backbone, params)
-        return
+        state = method.broadcast(server, first.name)
+        shared = first.params(Request(kind="evaluate", round=round_, state=state, model="general"))
+        export_backbone(folder / "general" / "backbone", method, first.backbone, shared)
     for name, entry in results["sites"].items():
         if "temperature" not in entry:  # never examined: held out by a method without a general model
             continue
         model: Model = "general" if entry["held_out"] else "personalised"
         request = Request(kind="evaluate", round=round_, state=method.broadcast(server, name), model=model)
+        params = sites[name].params(request)
+        if shared is not None and all(torch.equal(params[n], value) for n, value in shared.items()):
+            continue  # nothing of the site's own
         about = About(name, model, tuple(results["classes"]), float(entry["temperature"]))
-        export_model(folder / name, method, sites[name].backbone, sites[name].params(request), about)
+        export_model(folder / name, method, sites[name].backbone, params, about)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from confrere.data.options import DataOptions
 from confrere.data.sources import read_listing
 from confrere.errors import BackboneError, ConfigError
 from confrere.job import initial, prepare, run_experiment
+from confrere.method import METHODS
 from confrere.networks import output_name
 from confrere.opening import open_data
 from confrere.pretext.lwi import Lwi, OrderHeads, loss, order_heads
@@ -200,13 +201,24 @@ def test_a_run_makes_a_start_that_a_run_takes(done: tuple[Path, Path], tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fedit", "local", "pooled", "fedadam", "fedprox", "scaffold"])
+@pytest.mark.parametrize(
+    "method",
+    ["fedit", "local", "pooled", "fedadam", "fedprox", "scaffold", "fedper", "ditto", "fedit-ft"],
+)
 def test_every_method_makes_a_start(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
     data, out = hospitals(tmp_path / "data", each=4), tmp_path / "pre"
     start(data, out, small(data, method), ["train.steps=2"], quiet=True)
-    made = out / "adapters" / "north" / "backbone" if method == "local" else out / GENERAL
+    own, made = out / "adapters" / "north" / "backbone", out / GENERAL
+    assert made.exists() == METHODS[method]().has_general()
+    assert own.exists() == (method in ("local", "fedper", "ditto", "fedit-ft"))
+    made = made if made.exists() else own
     weights = load_file(made / "model.safetensors")
+    if method in ("ditto", "fedit-ft"):  # what all sites share is nobody's own
+        state = Run(out).server(read_json(out / "results.json")["round"])["shared"]
+        assert all(torch.equal(state[f"net.{n}"], value) for n, value in weights.items())
+        mine = load_file(own / "model.safetensors")
+        assert not all(torch.equal(mine[n], value) for n, value in weights.items())
     start(data, tmp_path / "run", labelled(data, made), [], quiet=True)
     ended = load_file(tmp_path / "run" / "adapters" / "north" / "head.safetensors")
     for name, value in weights.items():  # its step is too small to change a number

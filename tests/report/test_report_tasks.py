@@ -18,6 +18,7 @@ from confrere.errors import RunError
 from confrere.report import render, summarize, summarize_comparison, write_report
 from confrere.report.render import _axis, amount, decimal, duration, percent, points, size
 from confrere.report.task import METRICS, task_of
+from confrere.tasks.multilabel import MultiLabel
 
 OF_CLASSES = re.compile(r"balanced|accura|auroc|\bF1\b|\bECE\b|calibrat|confusion|chance between|is chance", re.I)
 OF_THE_WORDS = {"95", "100", "0", "1", "70", "76", "6"}
@@ -92,6 +93,28 @@ def test_the_page_speaks_of_its_own_scores_only(kind: str, request: pytest.Fixtu
         assert f">{column}<" in page
     assert "segmentation into 5 classes" in page
     assert "None" not in shown(page)
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_an_image_with_several_findings_is_of_no_class(kind: str, tmp_path: Path) -> None:
+    make: Any = runs.make_run if kind == "run" else runs.make_comparison
+    findings = MultiLabel().describe()
+    for path in make(tmp_path, task=MASKS).rglob("*.json"):  # the same numbers, of another task
+        text = path.read_text()
+        for old, new in zip(MASKS["measures"], findings["measures"], strict=True):
+            text = text.replace(f'"{old}"', f'"{new}"')
+        told = json.loads(text)
+        path.write_text(json.dumps(told | {"task": findings} if "task" in told else told))
+    write_report(tmp_path)
+    page = shown((tmp_path / ("report.html" if kind == "run" else "comparison.html")).read_text())
+    assert re.search(r"multi-label classification, \d findings", page)
+    assert "AUROC, %" in page  # shown as a share, as the headline of any task
+    assert not re.search(r"(?i)(by|over|every|of the|[0-9]) class", page)
+    if kind == "run":
+        assert "By finding" in page
+        assert "without it; 50 is guessing" in page
+        assert "AUROC of the personalised model for every finding" in page
+        assert re.search(r"with \d findings", (tmp_path / "card.md").read_text())
 
 
 @pytest.mark.parametrize("kind", ["run", "comparison"])

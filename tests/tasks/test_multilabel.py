@@ -170,5 +170,5 @@ def test_learns_compares_and_predicts_files(table: Path, tmp_path: Path) -> None
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in FINDINGS)
     write_report(tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "By class" in page
+    assert "By finding" in page
     assert "alanced accuracy" not in page

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from confrere.errors import RunError
 from confrere.metrics.paired import spoken
 from confrere.report.reading import Json, as_dict, need
 from confrere.tasks import CLASSIFICATION
+from confrere.tasks.multilabel import MultiLabel
 
 METRICS = tuple(CLASSIFICATION.measures)
 LEFT_OUT = ("accuracy",)
@@ -102,6 +105,13 @@ _WORDS = {
     "ibs": ("Brier score", "%, less is better", "The mean squared gap between predicted survival and what happened."),
 }
 """Short name, unit (none: a number with two decimals) and meaning of the measures that need no guess."""
+_OF_FINDINGS = {
+    "auroc": "How well the model ranks images with a finding above those without it; 50 is guessing, 100 is perfect. "
+    "Mean over the findings that test images both have and have not.",
+    "f1": "Joins how many images with a finding are found at a probability of 0.5 with how many of the alarms are "
+    "right. Mean over the findings that occur.",
+}
+"""Meaning of measures that are of findings, not classes, where an image may have several."""
 
 
 def of_whole(words: str, whole: bool) -> str:
@@ -114,8 +124,8 @@ def task_of(given: Json, where: str) -> Json:
 
     Returns:
         ``name`` and ``title``; ``headline`` (key), ``headline_title`` and ``spoken``, its name in a sentence;
-        ``measures``, the headline first: ``key``, ``title``, ``name``, ``column`` (its head, with the unit),
-        ``percent`` (whether it is shown as a share) and ``meaning``.
+        ``called``, what an answer is, ``class`` or ``finding``; ``measures``, the headline first: ``key``, ``title``,
+        ``name``, ``column`` (its head, with the unit), ``percent`` (whether it is shown as a share) and ``meaning``.
 
     Raises:
         RunError: the task is named and a part of it is missing or no measure.
@@ -126,17 +136,20 @@ def task_of(given: Json, where: str) -> Json:
     if not isinstance(titles, dict) or headline not in titles:
         raise RunError("the headline is none of the measures", where=where, fix="run again", code="run-file")
     order = [headline, *(key for key in titles if key != headline)]
+    of_findings = name == MultiLabel.name
     return {
         "name": str(name),
         "title": str(task.get("title") or name),
         "headline": headline,
         "headline_title": str(titles[headline]),
         "spoken": spoken(headline),
-        "measures": [_measure(key, str(titles[key])) for key in order],
+        "called": "finding" if of_findings else "class",
+        "measures": [_measure(key, str(titles[key]), _OF_FINDINGS if of_findings else {}) for key in order],
     }
 
 
-def _measure(key: str, title: str) -> Json:
+def _measure(key: str, title: str, meanings: Mapping[str, str]) -> Json:
     name, unit, meaning = _WORDS.get(key, (title, "%", ""))
+    meaning = meanings.get(key, meaning)
     column = f"{name}, {unit}" if unit else name
     return {"key": key, "title": title, "name": name, "column": column, "percent": bool(unit), "meaning": meaning}
