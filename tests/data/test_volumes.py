@@ -81,6 +81,15 @@ def test_no_usable_volume_is_refused(tmp_path: Path) -> None:
         load(folder, tmp_path / "cache")
 
 
+def test_labels_of_classes_that_were_not_named_are_asked_for(tmp_path: Path) -> None:
+    folder = hospitals(tmp_path / "data")
+    for path in (folder / "north" / "masks").iterdir():
+        save(path, np.full((15, 16, 14), 2))
+    with pytest.raises(DataError, match="mask: a label is not one of the classes: 6") as caught:
+        load(folder, tmp_path / "cache")
+    assert "data.classes" in str(caught.value.fix)
+
+
 def test_without_masks_volumes_are_images(tmp_path: Path) -> None:
     data = load(hospitals(tmp_path / "data"), tmp_path / "cache", DataOptions(target="image", volume=GRID))
     assert data.classes == ("all",)

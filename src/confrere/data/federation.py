@@ -24,6 +24,7 @@ from confrere.data.patients import with_patients
 from confrere.data.register import DUPLICATE, Registration, hash_rows, register, with_times
 from confrere.data.sources import Listing, names_of, read_listing, renamed
 from confrere.data.table import ALL, EVENTS
+from confrere.data.volume import UNKNOWN_LABEL
 from confrere.data.volumes import hash_volumes, placed, with_labels
 from confrere.errors import DataError
 
@@ -154,9 +155,11 @@ def _refuse_unusable(registration: Registration, options: DataOptions) -> None:
     empty = sorted({problem.site for problem in registration.problems} - used)
     if empty or not used:
         counts = Counter(problem.reason for problem in registration.problems if problem.site in empty)
+        unnamed = any(reason.endswith((masks.VALUES, UNKNOWN_LABEL)) for reason in counts) and not options.classes
+        hint = "name all classes in data.classes, the background first. Or: " if unnamed else ""
         raise DataError(
             f"no usable image at {', '.join(empty) or 'any site'} ({_tally(counts)})",
-            fix="`confrere data check` names the files; mend them, or leave the site out",
+            fix=f"{hint}`confrere data check` names the files; mend them, or leave the site out",
             code="too-few-images",
         )
     counts = Counter(problem.reason for problem in registration.problems if problem.reason != DUPLICATE)
