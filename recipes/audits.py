@@ -14,8 +14,6 @@ reference models. What was stopped continues where it was.
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ham10000 import RECORD, prepare, without_path
+from ham10000 import RECORD, one_lesion_in, prepare, without_path
 
 from confrere.audits.audit import Choice
 from confrere.audits.job import audit
@@ -44,21 +42,6 @@ SETTINGS += ["workers=1", "controls=[]", "data.test=0.3", "data.val=0.1", "engin
 POISSON = ["train.batch_size=48", "train.balance=none", "adapter.rank=4"]
 BACKBONE = {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 56}
 SHARE = 6
-
-
-def thinned(table: Path, out: Path) -> Path:
-    """Write the rows of one lesion in six; return the CSV, whose paths still hold."""
-    if not out.exists():
-        draft = out.with_suffix(".tmp")
-        with table.open(newline="") as source, draft.open("w", newline="") as target:
-            reader = csv.DictReader(source)
-            writer = csv.DictWriter(target, reader.fieldnames or [])
-            writer.writeheader()
-            for row in reader:
-                if hashlib.sha256(row["lesion"].encode()).digest()[0] % SHARE == 0:
-                    writer.writerow(row)
-        draft.replace(out)
-    return out
 
 
 Found = dict[tuple[str, int, str], dict[str, Any]]
@@ -186,7 +169,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    table = thinned(prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv")
+    table = one_lesion_in(SHARE, prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv")
     found: Found = {}
     scores: dict[str, list[float | None]] = {}
     toml = ""

@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 from comparison_page import compared, gain, interval
-from lesion_masks import unpack
+from lesion_masks import listed, unpack
 
 from confrere.compare.table import interval as over_seeds
 from confrere.config import override, validate
-from confrere.errors import DataError
 from confrere.record.files import read_json
 from confrere.seeds import numpy_generator
 
@@ -50,11 +49,7 @@ def prepare(data: Path, out: Path, lesions: int) -> Path:
     table = out / f"findings-{lesions}.csv"
     if table.exists():
         return table
-    for name in ("images_200x150.zip", "metadata.csv"):
-        if not (data / name).exists():
-            raise DataError(f"{name} is missing", where=str(data), fix="give the folder of the HAM10000 copy")
-    with (data / "metadata.csv").open(newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["image_id"])
+    rows = listed(data, "images_200x150.zip")
     chosen = [row for site in sorted({row["site"] for row in rows}) for row in drawn(rows, site, lesions)]
     unpack(data / "images_200x150.zip", out / "images", {row["image_id"] for row in chosen}, ".jpg")
     with table.with_suffix(".tmp").open("w", newline="") as file:

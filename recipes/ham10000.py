@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,24 @@ def page(found: dict[str, dict[str, Any]], command: str) -> str:
         ]
     experiment = without_path(first["experiment"])
     return "\n".join([*lines, "", "## The experiment", "", "```toml", experiment, "```", ""])
+
+
+def one_lesion_in(share: int, table: Path, out: Path, *, which: int = 0, label: Callable[[str], str] = str) -> Path:
+    """Write the rows of one lesion in ``share``, by a hash of its name, with other labels; return the CSV.
+
+    Paths still hold where it lies beside ``table``. Of another ``which``, 0 to share - 1, no lesion is the same.
+    """
+    if not out.exists():
+        draft = out.with_suffix(".tmp")
+        with table.open(newline="") as source, draft.open("w", newline="") as target:
+            reader = csv.DictReader(source)
+            writer = csv.DictWriter(target, reader.fieldnames or [])
+            writer.writeheader()
+            for row in reader:
+                if hashlib.sha256(row["lesion"].encode()).digest()[0] % share == which:
+                    writer.writerow({**row, "label": label(row["label"])})
+        draft.replace(out)
+    return out
 
 
 def without_path(experiment: str) -> str:

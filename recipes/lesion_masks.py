@@ -37,16 +37,21 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def listed(data: Path, *archives: str) -> list[dict[str, str]]:
+    """Return the rows of metadata.csv by image; DataError if it or one of the archives is missing."""
+    for name in (*archives, "metadata.csv"):
+        if not (data / name).exists():
+            raise DataError(f"{name} is missing", where=str(data), fix="give the folder of the HAM10000 copy")
+    with (data / "metadata.csv").open(newline="") as file:
+        return sorted(csv.DictReader(file), key=lambda row: row["image_id"])
+
+
 def prepare(data: Path, out: Path, lesions: int) -> Path:
     """Unpack images and masks once and write the table of the drawn ones; return the CSV."""
     table = out / f"lesion-masks-{lesions}.csv"
     if table.exists():
         return table
-    for name in ("images_200x150.zip", "masks_200x150.zip", "metadata.csv"):
-        if not (data / name).exists():
-            raise DataError(f"{name} is missing", where=str(data), fix="give the folder of the HAM10000 copy")
-    with (data / "metadata.csv").open(newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["image_id"])
+    rows = listed(data, "images_200x150.zip", "masks_200x150.zip")
     chosen = [row for site in sorted({row["site"] for row in rows}) for row in drawn(rows, site, lesions)]
     for archive, folder, ending in (("images_200x150.zip", "images", ".jpg"), ("masks_200x150.zip", "masks", ".png")):
         unpack(data / archive, out / folder, {row["image_id"] for row in chosen}, ending)

@@ -18,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lesion_masks import unpack
+from lesion_masks import listed, unpack
 
 from confrere.adapters.lora import LoraSpec
 from confrere.backbones import load
 from confrere.compare.table import interval
 from confrere.config import override, validate
-from confrere.errors import DataError
 from confrere.export import export_backbone
 from confrere.job import run_experiment
 from confrere.method import make
@@ -69,11 +68,7 @@ def prepare(data: Path, out: Path, clients: int) -> dict[str, Path]:
     tables |= {name: out / f"{name}.csv" for name in ("labels", "masks")}
     if all(table.exists() for table in tables.values()):
         return tables
-    for name in ("images_200x150.zip", "masks_200x150.zip", "metadata.csv"):
-        if not (data / name).exists():
-            raise DataError(f"{name} is missing", where=str(data), fix="give the folder of the HAM10000 copy")
-    with (data / "metadata.csv").open(newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["image_id"])
+    rows = listed(data, "images_200x150.zip", "masks_200x150.zip")
     lesions = {row["lesion_id"]: row["dx"] for row in rows}
     part = dict(
         zip(sorted(lesions), numpy_generator(0, "split").choice(3, len(lesions), p=(0.65, 0.1, 0.25)), strict=True)

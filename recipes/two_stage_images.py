@@ -13,8 +13,6 @@ looks for learning rates, from the public start, on another third with one seed.
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ham10000 import RECORD, prepare
+from ham10000 import RECORD, one_lesion_in, prepare
 from private_survival import interval
 from two_stage import signed
 
@@ -52,20 +50,9 @@ SETTINGS += ["adapter.rank=4", "adapter.blocks=1", "threads=1", "workers=1", "co
 MELANOCYTIC = ("mel", "nv")
 
 
-def part(table: Path, out: Path, which: int) -> Path:
-    """Write the rows of one lesion in three, melanocytic or not; return the CSV, whose paths still hold."""
-    if not out.exists():
-        draft = out.with_suffix(".tmp")
-        with table.open(newline="") as source, draft.open("w", newline="") as target:
-            reader = csv.DictReader(source)
-            writer = csv.DictWriter(target, reader.fieldnames or [])
-            writer.writeheader()
-            for row in reader:
-                if hashlib.sha256(row["lesion"].encode()).digest()[0] % 3 == which:
-                    label = "melanocytic" if row["label"] in MELANOCYTIC else "other"
-                    writer.writerow({**row, "label": label})
-        draft.replace(out)
-    return out
+def kind(label: str) -> str:
+    """Return what stage 2 tells apart."""
+    return "melanocytic" if label in MELANOCYTIC else "other"
 
 
 def random_backbone(folder: Path, seed: int) -> str:
@@ -118,7 +105,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     which = int(args.rates)
-    table = part(prepare(args.data, args.out / "data"), args.out / "data" / f"part-{which}.csv", which)
+    whole, table = prepare(args.data, args.out / "data"), args.out / "data" / f"part-{which}.csv"
+    one_lesion_in(3, whole, table, which=which, label=kind)
     out = args.out / f"part-{which}"
     if args.rates:
         for method, lr in ((method, lr) for method, rates in RATES.items() for lr in rates):

@@ -150,7 +150,7 @@ class Learner:
                     correct_gradients(trained, correct)
                 norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), cfg.clip)
                 if not torch.isfinite(norm) or not math.isfinite(losses[-1]):
-                    what, fix = "the training loss or its gradient is not finite", "lower train.lr, or method.lam"
+                    what, fix = "the loss or its gradient is not finite", "lower train.lr, or method.lam if it has one"
                     where = f"site {self.site}, round {self.round}, step {len(losses)}"
                     raise TrainingError(what, where=where, fix=fix, code="diverged")
                 optimiser.lr = self.rate(len(losses) - 1, steps)
