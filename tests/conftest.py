@@ -49,6 +49,16 @@ def pytest_configure(config: pytest.Config) -> None:
         _note(kind, raised)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that are given the most time, so that no worker is left with one of them at the end."""
+
+    def given(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("timeout")
+        return mark.args[0] if mark else 0.0
+
+    items.sort(key=given, reverse=True)
+
+
 def _note(kind: type[Any], raised: set[str]) -> None:
     original = kind.__init__
 

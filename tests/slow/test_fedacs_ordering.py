@@ -26,7 +26,7 @@ from confrere.tasks.classification import Classification
 from confrere.tensors import Tensors
 from confrere.tokenset import TokenSet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SEEDS, SITES, IMAGES, TESTED, ROUNDS = (0, 1, 2, 3), 8, 30, 100, 30
 
 
