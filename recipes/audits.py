@@ -3,12 +3,11 @@
     python recipes/audits.py DATA --out results/audits --page docs/results/audits.md
     python recipes/audits.py DATA --out results/audits-private --page docs/results/audits-private.md --private
 
-``--private`` audits a shared adapter that hides every training image, at epsilon 8, 4 and 1, and without noise; and
-FedOPAL, whose personal adapters have no noise.
+``--private`` audits a shared adapter that hides every training image, at epsilon 8, 4 and 1, and one without noise.
 
 DATA as for ``recipes/ham10000.py``. One lesion in six is used (chosen by a hash of its name), so that a site is small
-enough to be learnt by heart; 30 % of lesions are others, who must not be found. Every run is audited with its own
-reference models. What was stopped continues where it was.
+enough to be learnt by heart; with noise one in three, so that something is learnt at all. 30 % of lesions are others,
+who must not be found. Every run is audited with its own reference models. What was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ham10000 import RECORD, one_lesion_in, prepare, without_path
+from ham10000 import QUIET, RECORD, one_lesion_in, prepare, without_path
 
 from confrere.audits.audit import Choice
 from confrere.audits.job import audit
@@ -33,15 +32,15 @@ from confrere.record.machine import machine
 from confrere.report import write_report
 
 METHODS = ("fedopal", "fedit", "local")
-PRIVATE = ("fedit", *(f"fedit:{RECORD}{epsilon}" for epsilon in (8, 4, 1)), f"fedopal:training=in-turn:{RECORD}8")
+PRIVATE = ("fedit", *(f"fedit:{QUIET}:{RECORD}{epsilon}" for epsilon in (8, 4, 1)))
 SEEDS = (0, 1, 2)
 AUDITS = ("rmia", "lira", "historical")
 AUDITS_PRIVATE = ("rmia", "lira", "canary")
 SETTINGS = ["rounds=6", "train.steps=10", "train.lr=2e-3", "selection.every=2", "selection.images=100", "threads=1"]
 SETTINGS += ["workers=1", "controls=[]", "data.test=0.3", "data.val=0.1", "engine.precision=fp32", "adapter.blocks=1"]
-POISSON = ["train.batch_size=48", "train.balance=none", "adapter.rank=4"]
+POISSON = ["rounds=10", "train.batch_size=64", "train.balance=none", "adapter.rank=4", "selection.every=10"]
 BACKBONE = {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 56}
-SHARE = 6
+SHARE, SHARE_PRIVATE = 6, 3
 
 
 Found = dict[tuple[str, int, str], dict[str, Any]]
@@ -122,14 +121,14 @@ def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int], 
     methods = methods_of(found)
     first, told = found[methods[0], seeds[0], "rmia"], machine()
     some = "" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}"
-    name = "audits-private" if private else "audits"
+    name, share = ("audits-private", SHARE_PRIVATE) if private else ("audits", SHARE)
     lines = [
         f"# Membership audits on HAM10000{', with and without noise' if private else ''}",
         "",
         f"Command: `python recipes/audits.py /path/to/fed_ham10000 --out results/{name} --page docs/results/{name}.md"
         f"{some}{' --private' if private else ''}`. "
         f"{told['cores']} cores of an AMD EPYC, torch {told['torch']}, one thread, float32. Seeds "
-        f"{', '.join(map(str, seeds))}; one split by lesion for all; one lesion in {SHARE} of the set, 30 % of them "
+        f"{', '.join(map(str, seeds))}; one split by lesion for all; one lesion in {share} of the set, 30 % of them "
         f"others. {first['settings']['references']} reference models a run. Over all sites: {first['rows'][0]['n']} (a "
         "lesion counts once), too few for a rate of 0.1 %. In a seed's column the interval is over patients, at 95 %; "
         "of the mean, over three or more seeds, Student's t. The placebo is the same attack on reference models, whose "
@@ -169,7 +168,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    table = one_lesion_in(SHARE, prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv")
+    share = SHARE_PRIVATE if args.private else SHARE
+    table = one_lesion_in(share, prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv")
     found: Found = {}
     scores: dict[str, list[float | None]] = {}
     toml = ""

@@ -145,7 +145,8 @@ class PrivacyChoice(Part):
     The others are of noisy steps. ``sigma``: noise in units of ``clip``; 0 takes the least that ``epsilon`` allows for
     all rounds. ``clip``: largest norm of what a unit adds to a step's gradient, of all trained tensors together.
     ``images``: at most so many of a patient count in a step. ``noise_seed``: 0 takes noise and draws from the operating
-    system; else from this seed, which takes the noise off again: simulations.
+    system; else from this seed, which takes the noise off again: simulations. ``centred``: where a head reads one
+    feature vector of an image, a few steps are spent on their mean, so that a clip is spent on how images differ.
     """
 
     unit: Literal["", "site", "record", "patient"] = ""
@@ -155,6 +156,7 @@ class PrivacyChoice(Part):
     clip: float = Field(default=1.0, gt=0, le=1e6)
     images: int = Field(default=2, ge=1, le=64)
     noise_seed: int = Field(default=0, ge=0, lt=2**31)
+    centred: bool = True
 
 
 class AttackChoice(Part):

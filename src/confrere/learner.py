@@ -17,7 +17,7 @@ from confrere.errors import TrainingError
 from confrere.optimiser import AdamW, accumulate, correct_gradients, scheduled
 from confrere.seeds import numpy_generator, torch_generator
 from confrere.tasks import Objective
-from confrere.tensors import Tensors
+from confrere.tensors import State, Tensors
 from confrere.tokenset import Batch, TokenSet, feed
 
 
@@ -70,6 +70,7 @@ class Learner:
     round: int
     rounds: int
     metrics: dict[str, float] = field(default_factory=dict)
+    beside: State = field(default_factory=dict)  # groups that stay with the site beside those of the method
 
     def batches(self, steps: int, tag: str) -> Iterator[Batch]:
         """Yield ``steps`` training batches drawn at the address (tag, round, site)."""

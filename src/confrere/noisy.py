@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from confrere import centre
+from confrere.adapters.head import BIAS
 from confrere.errors import TrainingError
 from confrere.learner import Learner
 from confrere.optimiser import AdamW
-from confrere.privacy.mechanism import Mechanism, clipped_sum, draw, noisy_mean
+from confrere.privacy.mechanism import Loss, Mechanism, clipped_sum, draw, noisy_mean
 from confrere.privacy.noise import Source
 from confrere.tensors import Tensors
 from confrere.tokenset import Batch
+
+BESIDE = {centre.GROUP}
+"""Groups of a site's state that noisy steps keep for themselves."""
 
 
 @dataclass
@@ -52,7 +57,8 @@ class NoisyLearner(Learner):
         Instead of ``settings.batch_size`` images a step draws each unit by itself, that many expected; instead of
         ``settings.clip`` the mechanism clips. A ``penalty`` must read tensors alone: it is given no images. There is no
         dropout: how many units were drawn would decide which numbers are dropped for the others, and what one unit
-        adds would not be its own gradient alone.
+        adds would not be its own gradient alone. Where ``mechanism.centred``, the head is trained on features less
+        their noisy mean; as long as that is too noisy, the first of ``steps`` goes there (:mod:`confrere.centre`).
 
         ``released=False`` trains without noise, as the base does, what neither leaves nor ever touches what will.
 
@@ -71,24 +77,50 @@ class NoisyLearner(Learner):
         if self.steps_left < 0:
             raise self._refused("more noisy steps than were debited")
         device, cfg = self.backbone.device, self.settings
-        leaves = {n: params[n].detach().to(device, copy=True) for n in sorted(params)}
-        trained = {n: t.requires_grad_() for n, t in leaves.items() if train is None or train(n)}
+        names = [n for n in sorted(params) if train is None or train(n)]
+        spent, at = self._centre(params, names, tag, steps)
+        leaves = {n: t.detach().to(device, copy=True) for n, t in sorted(at.enter(params).items())}
+        trained = {n: leaves[n].requires_grad_() for n in names}
         fixed = {n: t for n, t in leaves.items() if n not in trained}
+
         optimiser, nothing = AdamW(list(trained.values()), lr=cfg.lr, weight_decay=cfg.weight_decay), torch.zeros(0)
-        for step in range(steps):
-            for name, gradient in self._gradient(fixed, trained, tag, step).items():
+        for step in range(spent, steps):
+            for name, gradient in self._gradient(
+                fixed, trained, tag, step, lambda given, *one: self._of_image(at.leave(given), *one)
+            ).items():
                 trained[name].grad = gradient.to(device)
             if penalty is not None:  # of tensors that are private already: it needs no noise
-                torch.autograd.backward(penalty(leaves, Batch(nothing, nothing)))
+                torch.autograd.backward(penalty(at.leave(leaves), Batch(nothing, nothing)))
             optimiser.lr = self.rate(step, steps)
             optimiser.step()
         if not all(bool(torch.isfinite(t).all()) for t in trained.values()):
             where, fix = f"site {self.site}, round {self.round}", "lower train.lr"
             raise TrainingError("noise has made a tensor infinite", where=where, fix=fix, code="diverged")
-        return {n: t.detach().cpu() for n, t in leaves.items()}
+        return {n: t.detach().cpu() for n, t in at.leave(leaves).items()}
 
-    def _gradient(self, fixed: Tensors, trained: Tensors, tag: str, step: int) -> dict[str, Tensor]:
-        """Return the noisy gradient of one step."""
+    def _centre(self, params: Tensors, names: Collection[str], tag: str, steps: int) -> tuple[int, centre.Coordinates]:
+        """Return how many of the steps were spent on where features lie, and coordinates for the others."""
+        mechanism = self._mechanism()
+        if not mechanism.centred or not centre.applies(self.backbone, names):
+            return 0, centre.Coordinates()
+        kept, width = centre.of(self.beside, self.backbone.feature_dim), self.backbone.feature_dim
+        spent = int(steps > 1 and centre.wanted(kept))
+        if spent:
+            far = centre.reach(self.backbone, params)
+
+            def towards(given: Tensors, tokens: Tensor, _: Tensor) -> Tensor:
+                features = self.backbone.features(params, tokens)
+                return -(features @ given[centre.GROUP]).sum() * (mechanism.clip / far)
+
+            start = {centre.GROUP: torch.zeros(width, device=self.backbone.device)}
+            found = -self._gradient({}, start, tag, 0, towards)[centre.GROUP] * (far / mechanism.clip)
+            self.beside = {**self.beside, centre.GROUP: centre.added(kept, found, mechanism, far)}
+        return spent, centre.Coordinates(centre.mean(centre.of(self.beside, width)).to(params[BIAS].device))
+
+    def _gradient(
+        self, fixed: Tensors, trained: Tensors, tag: str, step: int, loss: Loss | None = None
+    ) -> dict[str, Tensor]:
+        """Return the noisy gradient of one step, of the task's loss if no other is given."""
         mechanism, rows = self._mechanism(), self.data.rows("train")
         source = Source(mechanism.noise_seed, tag, self.round, self.site, step)
         drawn, counts = draw(mechanism, rows, self.data.groups[rows], source)
@@ -99,14 +131,14 @@ class NoisyLearner(Learner):
             total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in trained.items()}
             return noisy_mean(total, mechanism, source)
         batch, form = self.data.batch(drawn.ravel(), views).to(self.backbone.device), drawn.shape
-
-        def loss(params: Tensors, tokens: Tensor, targets: Tensor) -> Tensor:
-            return self._task(self.backbone.logits(params, tokens), targets)
-
         tokens, targets = (t.reshape(*form, *t.shape[1:]) for t in (batch.tokens, batch.labels))
         shares = torch.from_numpy(counts).to(self.backbone.device)
-        total = clipped_sum(loss, fixed, trained, tokens, targets, shares, mechanism.clip)
+        total = clipped_sum(loss or self._of_image, fixed, trained, tokens, targets, shares, mechanism.clip)
         return noisy_mean(total, mechanism, source)
+
+    def _of_image(self, params: Tensors, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the task's loss of one image."""
+        return self._task(self.backbone.logits(params, tokens), targets)
 
     def sweep(self, split: str, *, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Refuse: images that are read without noise could get into what is sent."""

@@ -22,7 +22,7 @@ ROWS = [
     {"tasks"},  # heads, losses and metrics of each kind of answer
     {"backbones"},  # carries adapters
     {"tokenset"},
-    {"learner"},
+    {"learner", "centre"},
     {"noisy"},
     {"method", "prefix"},
     {"methods", "initial"},

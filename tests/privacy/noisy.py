@@ -44,7 +44,9 @@ def noisy_learner(
     )
 
 
-def sums(method: Method, data: TokenSet, received: State, kept: State) -> list[dict[str, torch.Tensor]]:
+def sums(
+    method: Method, data: TokenSet, received: State, kept: State, mechanism: Mechanism = EVERYBODY
+) -> list[dict[str, torch.Tensor]]:
     """Return the clipped sums of the first two noisy steps that ``update`` makes from all images, before noise.
 
     The second is taken where the first left the tensors if it had released zeros.
@@ -63,7 +65,7 @@ def sums(method: Method, data: TokenSet, received: State, kept: State) -> list[d
 
     before, noisy.noisy_mean = noisy.noisy_mean, look  # type: ignore[assignment]
     try:
-        method.update(noisy_learner(method, data=data, steps=4), received, kept)
+        method.update(noisy_learner(method, mechanism, data, steps=4), received, kept)
     except SeenError:
         pass
     finally:
@@ -97,7 +99,10 @@ def distance(left: Tensors, right: Tensors) -> float:
 
 
 def check_sensitivity(
-    method: Method | None = None, change: Callable[[State], State] = lambda state: state, images: int = 24
+    method: Method | None = None,
+    change: Callable[[State], State] = lambda state: state,
+    images: int = 24,
+    mechanism: Mechanism = EVERYBODY,
 ) -> None:
     """One image, however strange, moves the sum of each step by the clip at most; it does move it."""
     method = method or make("fedit")
@@ -107,7 +112,8 @@ def check_sensitivity(
     params = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in sorted(params.items())}
     received, kept = method.broadcast(method.init_server(params), "a"), method.init_site(params)
     data = with_outlier(tiny_data(backbone, "a", images))
-    every, others = sums(method, data, received, kept), sums(method, without_first(data), received, change(kept))
+    every = sums(method, data, received, kept, mechanism)
+    others = sums(method, without_first(data), received, change(kept), mechanism)
     gaps = [distance(one, other) / CLIP for one, other in zip(every, others, strict=True)]
     assert max(gaps) <= 1, f"one image moved the sums by {gaps} times the clip"
     assert gaps[0] > 0.3, "the strange image is not strange"

@@ -224,6 +224,7 @@ def ledger_of(
         clip=privacy.clip,
         images=privacy.images if privacy.unit == "patient" else 1,
         noise_seed=privacy.noise_seed,
+        centred=privacy.centred,
     )
     file = folder / FILE if folder else None
     return Ledger(mechanism=mechanism, delta=privacy.delta, limit=privacy.epsilon, file=file)

@@ -20,7 +20,7 @@ from confrere.federation.ledger import Ledger
 from confrere.federation.secure.participant import Participant
 from confrere.learner import Learner, TrainSettings, predict, refuse_infinite
 from confrere.method import Method, Reply, Request
-from confrere.noisy import NoisyLearner
+from confrere.noisy import BESIDE, NoisyLearner
 from confrere.record.store import Store
 from confrere.seeds import numpy_generator
 from confrere.tasks.task import Answers
@@ -75,8 +75,9 @@ class Site:
         if stored is not None and self.method.admissible(stored.state, request.state):
             return replace(stored, run=request.run)
         started = time.perf_counter()
-        learner = self._learner(request.round)
-        payload, state = self.method.update(learner, request.state, self._state(request.round))
+        kept = self._state(request.round)
+        learner = self._learner(request.round, kept)
+        payload, state = self.method.update(learner, request.state, kept)
         check_payload(self.method, self.name, request.round, payload)
         metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
         params = self.method.personal({**request.state, **payload}, state)
@@ -85,7 +86,7 @@ class Site:
             after = request.round + 1
             spent = after <= self.rounds and self.ledger.exhausted(after, self._noisy_steps(after))
             metrics |= {"overlap": None, "spent": spent}
-            state = self.ledger.salted(state, self.name, request.round)
+            state = self.ledger.salted({**state, **learner.beside}, self.name, request.round)
         metrics |= {"kept": digest(state), "stored": digest(payload)}
         reply = Reply(
             site=self.name, run=request.run, round=request.round, state=payload, weight=self.weight, metrics=metrics
@@ -125,21 +126,16 @@ class Site:
             return rows
         return np.sort(numpy_generator(self.seed, "validation", self.name).permutation(rows)[: self.val_limit])
 
-    def _learner(self, round_: int) -> Learner:
+    def _learner(self, round_: int, kept: State) -> Learner:
         """Return what trains in a round; where its steps are noisy, they are debited before."""
         learner = Learner(
-            backbone=self.backbone,
-            data=self.data,
-            settings=self.settings,
-            seed=self.seed,
-            site=self.name,
-            round=round_,
-            rounds=self.rounds,
+            self.backbone, self.data, self.settings, seed=self.seed, site=self.name, round=round_, rounds=self.rounds
         )
         if self.ledger is None:
             return learner
         steps = self._noisy_steps(round_)
         self.ledger.debit(round_, steps)
+        learner.beside = {group: kept[group] for group in BESIDE & kept.keys()}
         return NoisyLearner(**vars(learner), mechanism=self.ledger.mechanism, steps_left=steps)
 
     def _noisy_steps(self, round_: int) -> int:

@@ -43,6 +43,7 @@ class Mechanism:
         sigma: >= 0, noise in units of the clip; 0 is no privacy. clip: C > 0.
         images: at most so many of a patient's images a step, >= 1; of a record there is one.
         noise_seed: 0 draws from the operating system; else from this seed, which takes the noise off again.
+        centred: some steps are spent on where features lie, so that the others are spent on how images differ.
     """
 
     unit: Unit
@@ -52,6 +53,7 @@ class Mechanism:
     clip: float
     images: int = 1
     noise_seed: int = 0
+    centred: bool = False
 
     @property
     def expected(self) -> float:
