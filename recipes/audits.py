@@ -3,7 +3,7 @@
     python recipes/audits.py DATA --out results/audits --page docs/results/audits.md
     python recipes/audits.py DATA --out results/audits-private --page docs/results/audits-private.md --private
 
-``--private`` audits a shared adapter that hides every training image, at epsilon 8, 4 and 1, and one without noise.
+``--private`` audits a shared adapter that hides every training lesion, at epsilon 8, 4 and 1, and one without noise.
 
 DATA as for ``recipes/ham10000.py``. One lesion in six is used (chosen by a hash of its name), so that a site is small
 enough to be learnt by heart; with noise one in three, so that something is learnt at all. 30 % of lesions are others,
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ham10000 import QUIET, RECORD, one_lesion_in, prepare, without_path
+from ham10000 import QUIET, one_lesion_in, prepare, without_path
 
 from confrere.audits.audit import Choice
 from confrere.audits.job import audit
@@ -32,7 +32,8 @@ from confrere.record.machine import machine
 from confrere.report import write_report
 
 METHODS = ("fedopal", "fedit", "local")
-PRIVATE = ("fedit", *(f"fedit:{QUIET}:{RECORD}{epsilon}" for epsilon in (8, 4, 1)))
+LESION = "privacy.unit=patient:privacy.images=1:privacy.delta=1e-5:privacy.epsilon="
+PRIVATE = ("fedit", *(f"fedit:{QUIET}:{LESION}{epsilon}" for epsilon in (8, 4, 1)))
 SEEDS = (0, 1, 2)
 AUDITS = ("rmia", "lira", "historical")
 AUDITS_PRIVATE = ("rmia", "lira", "canary")
