@@ -13,7 +13,6 @@ LESS = "selection.every=2"  # every message takes seconds: Flower looks for one 
 # What servers carry is a frame of bytes whatever the method is; test_conduct.py has more methods over frames alone.
 KINDS = {
     "fedopal, with a control": ("method=fedopal", 'controls=["local"]', "rounds=1"),
-    "scaffold": ("method=scaffold", LESS),
     "fedopal, masked": ("method=fedopal", "secure.aggregation=true", "gate.norm=0", "gate.factor=0", LESS),
 }
 
