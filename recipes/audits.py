@@ -6,8 +6,9 @@
 ``--private`` audits a shared adapter that hides every training lesion, at epsilon 8, 4 and 1, and one without noise.
 
 DATA as for ``recipes/ham10000.py``. One lesion in six is used (chosen by a hash of its name), so that a site is small
-enough to be learnt by heart; with noise one in three, so that something is learnt at all. 30 % of lesions are others,
-who must not be found. Every run is audited with its own reference models. What was stopped continues where it was.
+enough to be learnt by heart; with noise one in three, so that something is learnt at all, and one image of each, so
+that what hides an image hides a lesion. 30 % of lesions are others, who must not be found. Every run is audited with
+its own reference models. What was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ham10000 import QUIET, one_lesion_in, prepare, without_path
+from ham10000 import QUIET, RECORD, one_lesion_in, prepare, without_path
 
 from confrere.audits.audit import Choice
 from confrere.audits.job import audit
@@ -32,8 +33,7 @@ from confrere.record.machine import machine
 from confrere.report import write_report
 
 METHODS = ("fedopal", "fedit", "local")
-LESION = "privacy.unit=patient:privacy.images=1:privacy.delta=1e-5:privacy.epsilon="
-PRIVATE = ("fedit", *(f"fedit:{QUIET}:{LESION}{epsilon}" for epsilon in (8, 4, 1)))
+PRIVATE = ("fedit", *(f"fedit:{QUIET}:{RECORD}{epsilon}" for epsilon in (8, 4, 1)))
 SEEDS = (0, 1, 2)
 AUDITS = ("rmia", "lira", "historical")
 AUDITS_PRIVATE = ("rmia", "lira", "canary")
@@ -129,8 +129,9 @@ def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int], 
         f"Command: `python recipes/audits.py /path/to/fed_ham10000 --out results/{name} --page docs/results/{name}.md"
         f"{some}{' --private' if private else ''}`. "
         f"{told['cores']} cores of an AMD EPYC, torch {told['torch']}, one thread, float32. Seeds "
-        f"{', '.join(map(str, seeds))}; one split by lesion for all; one lesion in {share} of the set, 30 % of them "
-        f"others. {first['settings']['references']} reference models a run. Over all sites: {first['rows'][0]['n']} (a "
+        f"{', '.join(map(str, seeds))}; one split by lesion for all; one lesion in {share} of the set"
+        f"{', one image of each' if private else ''}, 30 % of them others. "
+        f"{first['settings']['references']} reference models a run. Over all sites: {first['rows'][0]['n']} (a "
         "lesion counts once), too few for a rate of 0.1 %. In a seed's column the interval is over patients, at 95 %; "
         "of the mean, over three or more seeds, Student's t. The placebo is the same attack on reference models, whose "
         "training does not depend on who trained the run; bound: the most that epsilon allows, where a model has one; "
@@ -169,8 +170,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    share = SHARE_PRIVATE if args.private else SHARE
-    table = one_lesion_in(share, prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv")
+    share, most = (SHARE_PRIVATE, 1) if args.private else (SHARE, 0)
+    whole, table = prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv"
+    one_lesion_in(share, whole, table, most=most)
     found: Found = {}
     scores: dict[str, list[float | None]] = {}
     toml = ""

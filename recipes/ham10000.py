@@ -18,6 +18,7 @@ import argparse
 import csv
 import hashlib
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,10 +196,19 @@ def page(found: dict[str, dict[str, Any]], command: str) -> str:
     return "\n".join([*lines, "", "## The experiment", "", "```toml", experiment, "```", ""])
 
 
-def one_lesion_in(share: int, table: Path, out: Path, *, which: int = 0, label: Callable[[str], str] = str) -> Path:
+def one_lesion_in(
+    share: int,
+    table: Path,
+    out: Path,
+    *,
+    which: int = 0,
+    label: Callable[[str], str] = str,
+    most: int = 0,
+) -> Path:
     """Write the rows of one lesion in ``share``, by a hash of its name, with other labels; return the CSV.
 
-    Paths still hold where it lies beside ``table``. Of another ``which``, 0 to share - 1, no lesion is the same.
+    Paths still hold where it lies beside ``table``. Of another ``which``, 0 to share - 1, no lesion is the same. Of
+    each lesion there are the first ``most`` images; 0: all.
     """
     if not out.exists():
         draft = out.with_suffix(".tmp")
@@ -206,8 +216,11 @@ def one_lesion_in(share: int, table: Path, out: Path, *, which: int = 0, label: 
             reader = csv.DictReader(source)
             writer = csv.DictWriter(target, reader.fieldnames or [])
             writer.writeheader()
+            seen: Counter[str] = Counter()
             for row in reader:
-                if hashlib.sha256(row["lesion"].encode()).digest()[0] % share == which:
+                seen[row["lesion"]] += 1
+                drawn = hashlib.sha256(row["lesion"].encode()).digest()[0] % share == which
+                if drawn and (not most or seen[row["lesion"]] <= most):
                     writer.writerow({**row, "label": label(row["label"])})
         draft.replace(out)
     return out
