@@ -111,6 +111,7 @@ def tokens(
         split=site.split,
         classes=classes,
         truth=site.targets,
+        named=site.named,
     )
 
 

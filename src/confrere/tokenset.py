@@ -30,6 +30,7 @@ class TokenSet:
             0 train, 1 val, 2 test.
         truth: what a model learns where that is not the label: masks uint8 (N, H, W); or float32: boxes (N, most, 5),
             findings (N, K), or time and event (N, 2).
+        named: whether patients are; if not, every image counts as a patient.
     """
 
     tokens: Array
@@ -39,6 +40,7 @@ class TokenSet:
     classes: tuple[str, ...]
     views: tuple[Array, ...] = ()
     truth: Array | None = None
+    named: bool = False
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of ``train``, ``val`` or ``test``."""

@@ -46,6 +46,12 @@ def test_a_folder_becomes_sites_in_the_order_of_hashes(root, cache):
     json.dumps(federation.sheet)
 
 
+def test_a_site_says_whether_its_patients_are_named(root, cache):
+    for path in sorted((root / "b").rglob("*.png")):
+        path.rename(path.with_name(path.name.replace("__", "-")))
+    assert [site.named for site in load(root, cache).sites] == [True, False]
+
+
 def test_renaming_files_changes_nothing(root, cache, tmp_path):
     first = load(root, cache)
     other = tmp_path / "renamed"

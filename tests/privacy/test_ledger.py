@@ -244,13 +244,16 @@ def test_patients_are_counted_and_have_to_be_named() -> None:
     data = tiny_data(backbone_of(FEDIT), "a")
     chosen = PrivacyChoice(unit="patient", sigma=1.0, delta=1e-3, images=3)
     settings_ = TrainSettings(batch_size=16)
-    with pytest.raises(ConfigError, match="two images") as raised:
+    with pytest.raises(ConfigError, match="is named") as raised:
         ledger_of(FEDIT, chosen, settings_, data, 3, None)
     assert raised.value.code == "privacy"
     book = ledger_of(FEDIT, chosen, settings_, replace(data, groups=np.arange(24) // 2), 3, None)
     assert book is not None
     own = book.mechanism
     assert (own.unit, own.units, own.rate, own.images, own.expected) == ("patient", 6, 1.0, 3, 6.0)
+    one_each = ledger_of(FEDIT, chosen, settings_, replace(data, named=True), 3, None)
+    assert one_each is not None
+    assert one_each.mechanism.units == 12
     with pytest.raises(ConfigError, match="protects nobody"):
         ledger_of(FEDIT, PrivacyChoice(unit="record", sigma=1.0, delta=0.1), settings_, data, 3, None)
 

@@ -222,6 +222,7 @@ def _arrays(registration: Registration, classes: tuple[str, ...]) -> list[SiteIm
                 split=np.zeros(len(digests), dtype=np.int8),
                 targets=files.targets,
                 target_digests=files.target_digests,
+                named=any(row.patient for row in files.rows),
             )
         )
     return sites

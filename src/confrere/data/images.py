@@ -31,6 +31,7 @@ class SiteImages:
         targets: what a model learns where that is not the label: masks (N, H, W) or (N, X, Y, Z) uint8, index into
             :attr:`Federation.classes`; boxes (N, most, 5) float32, see :mod:`confrere.data.boxes`; findings (N, K)
             float32, 1, 0 or -1 (not known); or time and event (N, 2) float32. ``target_digests``: one a row.
+        named: whether patients are; if not, every image counts as a patient.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SiteImages:
     split: NDArray[np.int8]
     targets: View | NDArray[np.float32] | None = None
     target_digests: tuple[str, ...] = ()
+    named: bool = False
 
     def __post_init__(self) -> None:
         check_site_name(self.name)

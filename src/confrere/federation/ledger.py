@@ -207,8 +207,8 @@ def ledger_of(
     if privacy.unit not in ("record", "patient") or not method.sends or method.pools or not len(rows):
         return None
     units = len(rows) if privacy.unit == "record" else len(np.unique(data.groups[rows]))
-    if privacy.unit == "patient" and len(np.unique(data.groups)) == len(data.groups):
-        what = "no patient of this site has two images, or none is named"
+    if privacy.unit == "patient" and not data.named and len(np.unique(data.groups)) == len(data.groups):
+        what = "no patient of this site is named"
         fix = "name them; or use privacy.unit=record, which then hides as much"
         raise ConfigError(what, where="privacy.unit", fix=fix, code="privacy")
     check_delta(privacy.delta, units, "patients" if privacy.unit == "patient" else "images")
