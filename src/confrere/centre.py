@@ -80,8 +80,14 @@ class Coordinates:
 
     def enter(self, params: Tensors) -> Tensors:
         """Return ``params`` with the bias ``b + W c``."""
-        return params if self.middle is None else {**params, BIAS: params[BIAS] + params[WEIGHT] @ self.middle}
+        return self._moved(params, 1.0)
 
     def leave(self, params: Tensors) -> Tensors:
         """Return ``params`` with the bias ``b - W c``."""
-        return params if self.middle is None else {**params, BIAS: params[BIAS] - params[WEIGHT] @ self.middle}
+        return self._moved(params, -1.0)
+
+    def _moved(self, params: Tensors, sign: float) -> Tensors:
+        if self.middle is None:
+            return params
+        weight = params[WEIGHT]
+        return {**params, BIAS: params[BIAS] + sign * weight @ self.middle.to(weight.device)}

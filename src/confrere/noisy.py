@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from confrere import centre
-from confrere.adapters.head import BIAS
 from confrere.errors import TrainingError
 from confrere.learner import Learner
 from confrere.optimiser import AdamW
@@ -115,7 +114,7 @@ class NoisyLearner(Learner):
             start = {centre.GROUP: torch.zeros(width, device=self.backbone.device)}
             found = -self._gradient({}, start, tag, 0, towards)[centre.GROUP] * (far / mechanism.clip)
             self.beside = {**self.beside, centre.GROUP: centre.added(kept, found, mechanism, far)}
-        return spent, centre.Coordinates(centre.mean(centre.of(self.beside, width)).to(params[BIAS].device))
+        return spent, centre.Coordinates(centre.mean(centre.of(self.beside, width)))
 
     def _gradient(
         self, fixed: Tensors, trained: Tensors, tag: str, step: int, loss: Loss | None = None
