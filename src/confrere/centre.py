@@ -41,7 +41,7 @@ def reach(backbone: Backbone, params: Tensors) -> float:
     colours = numpy_generator(0, GROUP).integers(256, size=(PICTURES, PATCHES, PATCHES, 3), dtype="uint8")
     rows, columns = -(-height // PATCHES), -(-width // PATCHES)
     pictures = colours.repeat(rows, axis=1).repeat(columns, axis=2)[:, :height, :width]
-    return float(backbone.features(params, backbone.prefix(pictures)).square().sum(1).sqrt().mean())
+    return float(backbone.features(params, backbone.prefix(pictures)).square().sum(1).sqrt().mean()) or 1.0
 
 
 def mean(kept: Tensors) -> Tensor:
