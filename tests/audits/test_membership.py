@@ -16,7 +16,7 @@ from confrere.audits import membership, statistics
 from confrere.audits.audit import Choice, Interval, find
 from confrere.audits.historical import bits, p_used, signs, threshold
 from confrere.audits.membership import averaged, lira_score, on_references, rmia_score, rows, sides
-from confrere.audits.references import by_patient, confidence
+from confrere.audits.references import by_patient, confidence, rows_of
 from confrere.audits.tapped import AuditedRun, Guarantee
 from confrere.audits.usage import usage
 from confrere.errors import ConfigError
@@ -204,3 +204,19 @@ def test_a_choice_that_cannot_be_is_refused(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError) as caught:
         Choice(**options)  # type: ignore[arg-type]
     assert caught.value.code == "audit"
+
+
+def test_members_and_others_are_thinned_alike_at_every_site() -> None:
+    """Else a score that knows nothing but the site finds members, once sites are put together."""
+    splits = {"small": np.repeat([0, 1, 2], [60, 10, 30]), "large": np.repeat([0, 1, 2], [600, 100, 300])}
+    data = {site: SimpleNamespace(split=split, groups=np.arange(len(split)) // 2) for site, split in splits.items()}
+    run: Any = SimpleNamespace(data=data)
+    kept = {s: [len(rows_of(run, s, split, Choice(patients=100))) // 2 for split in (0, 2)] for s in splits}
+    assert kept == {"small": [30, 15], "large": [100, 50]}
+    of_site = {"small": 0.0, "large": 1.0}
+    members, others = (np.concatenate([np.full(kept[s][side], of_site[s]) for s in splits]) for side in (0, 1))
+    assert statistics.auc(members, others).value == pytest.approx(0.5)
+    assert len(rows_of(run, "large", 1, Choice(patients=10))) == 20  # nobody is compared with validation images
+    drawn = [rows_of(run, "large", 0, Choice(patients=7, seed=seed)) for seed in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])

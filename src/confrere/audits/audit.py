@@ -35,7 +35,7 @@ class Choice:
     Args:
         seed: of every draw.
         references: reference models, an even number >= 4; each is trained like the run, on half of the patients.
-        patients: at most so many members, and as many others, of each site.
+        patients: at most so many members, and at most so many others, of each site; both are thinned alike.
         attribute: what the audit of this name asks; empty for all that it can.
         notify: called with a line of progress.
     """

@@ -6,6 +6,7 @@ of the references, whether it trained the run or not: for a run that remembers n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -175,14 +176,25 @@ def audited_rows(run: AuditedRun, site: str, choice: Choice) -> NDArray[np.int64
 
 
 def rows_of(run: AuditedRun, site: str, split: int, choice: Choice) -> NDArray[np.int64]:
-    """Return the rows of at most ``choice.patients`` patients of a split, drawn at an address."""
+    """Return the rows of at most ``choice.patients`` patients of a split, drawn at an address.
+
+    Members and others are thinned alike: where one site had more members to an other than the next, a score that knows
+    nothing but the site would tell them apart once sites are put together.
+    """
     data = run.data[site]
-    rows = np.flatnonzero(data.split == split)
-    patients = np.unique(data.groups[rows])
-    if len(patients) > choice.patients:
+    patients = {part: np.unique(data.groups[data.split == part]) for part in {split, *_together(split)}}
+    rows, own = np.flatnonzero(data.split == split), patients[split]
+    most = max(len(each) for each in patients.values())
+    if most > choice.patients:
         rng = numpy_generator(choice.seed, "audit", "patients", site, split)
-        rows = rows[np.isin(data.groups[rows], rng.permutation(patients)[: choice.patients])]
+        count = math.ceil(len(own) * choice.patients / most)
+        rows = rows[np.isin(data.groups[rows], rng.permutation(own)[:count])]
     return rows
+
+
+def _together(split: int) -> tuple[int, ...]:
+    """Return the splits that are compared with each other."""
+    return (TRAIN, TEST) if split in (TRAIN, TEST) else ()
 
 
 def confidence(logits: Tensor, labels: NDArray[np.int64]) -> tuple[Floats, Floats]:
