@@ -220,3 +220,11 @@ def test_members_and_others_are_thinned_alike_at_every_site() -> None:
     drawn = [rows_of(run, "large", 0, Choice(patients=7, seed=seed)) for seed in (0, 0, 1)]
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.4, 1.0])
+def test_models_that_are_sure_of_what_is_wrong_have_finite_scores(offset: float) -> None:
+    """Noise makes such models: the chance of the right class is zero in double precision, for all of them."""
+    one = seen(1.0, members=5, others=5)
+    sure = replace(one, right=one.right - 1500, rights=one.rights - 1500, rights_beside=one.rights_beside - 1500)
+    assert np.isfinite(rmia_score(sure, offset)).all()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from confrere.audits import statistics
 from confrere.audits.audit import Audit, Choice, Interval, Row, register
@@ -47,11 +48,13 @@ def rmia_score(seen: Evidence, offset: float) -> Floats:
     """
 
     def ratio(right: Floats, outside: Floats) -> Floats:
-        return np.asarray(np.exp(right) / (((1 + offset) * outside + 1 - offset) / 2), dtype=np.float64)
+        """Return its logarithm: of a model that is sure of what is wrong, chances are zero in double precision."""
+        beside = np.maximum(((1 + offset) * outside + 1 - offset) / 2, np.finfo(np.float64).tiny)
+        return np.asarray(right - np.log(beside), dtype=np.float64)
 
     own = ratio(seen.right, seen.mean_outside(np.exp(seen.rights)))
     others = np.sort(ratio(seen.right_beside, np.exp(seen.rights_beside).mean(0)))
-    return np.searchsorted(others, own, "left") + own / (1 + own)
+    return np.asarray(np.searchsorted(others, own, "left") + expit(own), dtype=np.float64)
 
 
 def lira_score(seen: Evidence) -> Floats:
