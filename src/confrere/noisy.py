@@ -102,7 +102,8 @@ class NoisyLearner(Learner):
         mechanism = self._mechanism()
         if not mechanism.centred or not centre.applies(self.backbone, names):
             return 0, centre.Coordinates()
-        kept, width = centre.of(self.beside, self.backbone.feature_dim), self.backbone.feature_dim
+        width = self.backbone.feature_dim
+        kept = centre.of(self.beside, width)
         spent = int(steps > 1 and centre.wanted(kept))
         if spent:
             far = centre.reach(self.backbone, params)
@@ -113,8 +114,9 @@ class NoisyLearner(Learner):
 
             start = {centre.GROUP: torch.zeros(width, device=self.backbone.device)}
             found = -self._gradient({}, start, tag, 0, towards)[centre.GROUP] * (far / mechanism.clip)
-            self.beside = {**self.beside, centre.GROUP: centre.added(kept, found, mechanism, far)}
-        return spent, centre.Coordinates(centre.mean(centre.of(self.beside, width)))
+            kept = centre.added(kept, found, mechanism, far)
+            self.beside = {**self.beside, centre.GROUP: kept}
+        return spent, centre.Coordinates(centre.mean(kept))
 
     def _gradient(
         self, fixed: Tensors, trained: Tensors, tag: str, step: int, loss: Loss | None = None

@@ -182,19 +182,15 @@ def rows_of(run: AuditedRun, site: str, split: int, choice: Choice) -> NDArray[n
     nothing but the site would tell them apart once sites are put together.
     """
     data = run.data[site]
-    patients = {part: np.unique(data.groups[data.split == part]) for part in {split, *_together(split)}}
-    rows, own = np.flatnonzero(data.split == split), patients[split]
-    most = max(len(each) for each in patients.values())
+    compared = (VAL,) if split == VAL else (TRAIN, TEST)
+    most = max(len(np.unique(data.groups[data.split == part])) for part in compared)
+    rows = np.flatnonzero(data.split == split)
     if most > choice.patients:
+        own = np.unique(data.groups[rows])
         rng = numpy_generator(choice.seed, "audit", "patients", site, split)
         count = math.ceil(len(own) * choice.patients / most)
         rows = rows[np.isin(data.groups[rows], rng.permutation(own)[:count])]
     return rows
-
-
-def _together(split: int) -> tuple[int, ...]:
-    """Return the splits that are compared with each other."""
-    return (TRAIN, TEST) if split in (TRAIN, TEST) else ()
 
 
 def confidence(logits: Tensor, labels: NDArray[np.int64]) -> tuple[Floats, Floats]:
