@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not timm and not servers"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m servers
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m servers  # a third of their time is waiting
 	$(TIMM_VENV)/bin/python -m pytest -m timm
 
 check: $(VENV)/.installed-dev

@@ -122,7 +122,7 @@ class Hospitals:
     def ended(self, name: str, process: subprocess.Popen[bytes], seconds: float) -> int:
         """Return a process's exit code; nothing that it started may be left."""
         code = process.wait(seconds)
-        until(lambda: not self.running(name), 15.0, f"all that {name} started has ended: {self.running(name)}")
+        until(lambda: not self.running(name), 60.0, f"all that {name} started has ended: {self.running(name)}")
         return code
 
     def said(self, name: str) -> str:
@@ -146,14 +146,14 @@ class Hospitals:
         for process in victims:
             os.kill(process, signal.SIGKILL)
         if not having and name in self.processes:
-            self.processes.pop(name).wait(10.0)
+            self.processes.pop(name).wait(60.0)
         return victims
 
     def close(self) -> None:
         """Kill all that is left."""
-        until(self._killed, 20.0, "everything is dead")
+        until(self._killed, 60.0, "everything is dead")
         for process in self.processes.values():
-            process.wait(10.0)
+            process.wait(60.0)
 
     def _killed(self) -> bool:
         left = self.running()

@@ -93,6 +93,41 @@ def test_what_was_lost_is_asked_again(lost: Any, tmp_path: Path) -> None:
     assert [site for site, _ in grid.sent] == ["north", "south", "south"]
 
 
+def test_a_silent_site_is_asked_again_ever_more_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SuperNode that received half a message drops it, and nobody says so."""
+    monkeypatch.setattr("confrere.flower.grid.SILENCE", 0.5)
+    at: list[float] = []
+
+    def behave(site: str, attempt: int) -> Any:
+        if site == "south":
+            at.append(time.monotonic())
+        return None if site == "south" and attempt < 4 else good(site)
+
+    grid = FakeGrid(behave)
+    found = sites(grid, tmp_path).ask("train", dict.fromkeys(NODES, FRAME))
+    assert {type(answer) for answer in found.values()} == {tuple}
+    assert [site for site, _ in grid.sent] == ["north", *4 * ["south"]]
+    assert all(later - earlier >= 0.5 * 2**k for k, (earlier, later) in enumerate(itertools.pairwise(at)))
+
+
+def test_a_slow_site_that_was_asked_twice_answers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("confrere.flower.grid.SILENCE", 0.5)
+    grid, late = FakeGrid(lambda site, attempt: good(site)), dict[str, Message]()
+    original = grid.pull_messages
+
+    def pull(identifiers: list[str]) -> list[Message]:
+        """Both answers of south come at once, when it has been asked twice."""
+        late.update({message.metadata.reply_to_message_id: message for message in original(identifiers)})
+        souths = [one for one in identifiers if one != "m0"]
+        ready = identifiers if len(souths) > 1 else [one for one in identifiers if one == "m0"]
+        return [late.pop(one) for one in ready if one in late]
+
+    grid.pull_messages = pull  # type: ignore[method-assign]
+    found = sites(grid, tmp_path).ask("train", dict.fromkeys(NODES, FRAME))
+    assert [site for site, _ in grid.sent] == ["north", "south", "south"]
+    assert {site: answer[0] for site, answer in found.items()} == {s: {"site": s} for s in NODES}  # type: ignore[index]
+
+
 def test_a_node_that_comes_back_is_asked_again(tmp_path: Path) -> None:
     calls = itertools.count()
     grid = FakeGrid(lambda site, attempt: good(site), lambda: {11} if next(calls) < 3 else {11, 22})

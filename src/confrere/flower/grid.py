@@ -22,6 +22,9 @@ TYPES = {"train": "train", "evaluate": "evaluate"}
 """Flower's message types by our kind; all others are ``query``."""
 REFUSED = (1, 7)
 """Flower's error codes of a site that will not run our application, however often it is asked."""
+SILENCE = 60.0
+"""Seconds without an answer until a request is sent again, then twice as many: a SuperNode drops what it could not
+receive whole and tells nobody. A site that got both answers both alike, and works once."""
 AGAIN = ("site-down", "message-digest")
 """Failures after which the same request is sent again: whoever answered it already sends the same answer."""
 
@@ -66,23 +69,28 @@ class GridSites:
     def ask(self, kind: str, frames: Mapping[str, tuple[Header, Arrays]]) -> Answers:
         """Send each site its frame; return what came back, a Failure for a site that gave none in time."""
         answers: Answers = {}
-        waiting: dict[str, str] = {}
-        due = dict.fromkeys(frames, 0.0)  # when a site is asked (again); one that was lost is given a moment
+        waiting: dict[str, str] = {}  # message -> site
+        due, silence = dict.fromkeys(frames, 0.0), dict.fromkeys(frames, SILENCE)  # when a site is asked (again)
         until = time.monotonic() + self._deadline
         while len(answers) < len(frames) and time.monotonic() < until:
             ready = [site for site, at in due.items() if at <= time.monotonic()]
             present = self._present() if ready else set()
             for site in sorted(set(ready) & present):
                 waiting[self._send(kind, site, frames[site])] = site
-                del due[site]
-            self._status.waiting([*waiting.values(), *due])
+                due[site] = time.monotonic() + silence[site]
+                silence[site] *= 2
+            self._status.waiting(list(due))
             for reply in self._grid.pull_messages(list(waiting)) if waiting else ():
                 site = waiting.pop(reply.metadata.reply_to_message_id)
+                if site not in due:  # its first answer came with this one
+                    continue
                 found = _read(site, reply)
                 if found is None:
-                    due[site] = time.monotonic() + 1.0
+                    due[site] = time.monotonic() + 1.0  # what was lost is given a moment
                 else:
                     answers[site] = found
+                    del due[site]
+            waiting = {message: site for message, site in waiting.items() if site in due}
             time.sleep(POLL)
         self._status.waiting(())
         for site in set(frames) - answers.keys():
