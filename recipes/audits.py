@@ -2,13 +2,16 @@
 
     python recipes/audits.py DATA --out results/audits --page docs/results/audits.md
     python recipes/audits.py DATA --out results/audits-private --page docs/results/audits-private.md --private
+    python recipes/audits.py DATA --out results/audits-whole --page docs/results/audits-whole.md --whole
 
-``--private`` audits a shared adapter that hides every training lesion, at epsilon 8, 4 and 1, and one without noise.
+``--private`` audits a shared adapter that hides every training lesion, at epsilon 8, 4 and 1, and one without noise;
+``--whole`` general and personal adapters at epsilon 8 and 1, and without noise.
 
 DATA as for ``recipes/ham10000.py``. One lesion in six is used (chosen by a hash of its name), so that a site is small
-enough to be learnt by heart; with noise one in three, so that something is learnt at all, and one image of each, so
-that what hides an image hides a lesion. 30 % of lesions are others, who must not be found. Every run is audited with
-its own reference models. What was stopped continues where it was.
+enough to be learnt by heart; with ``--private`` one in three, so that something is learnt at all; with ``--whole`` all,
+so that one other in a thousand can be seen. With noise there is one image of each, so that what hides an image hides a
+lesion. 30 % of lesions are others, who must not be found. Every run is audited with its own reference models. What was
+stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,16 +35,48 @@ from confrere.record.files import read_json
 from confrere.record.machine import machine
 from confrere.report import write_report
 
-METHODS = ("fedopal", "fedit", "local")
-PRIVATE = ("fedit", *(f"fedit:{QUIET}:{RECORD}{epsilon}" for epsilon in (8, 4, 1)))
 SEEDS = (0, 1, 2)
-AUDITS = ("rmia", "lira", "historical")
-AUDITS_PRIVATE = ("rmia", "lira", "canary")
 SETTINGS = ["rounds=6", "train.steps=10", "train.lr=2e-3", "selection.every=2", "selection.images=100", "threads=1"]
 SETTINGS += ["workers=1", "controls=[]", "data.test=0.3", "data.val=0.1", "engine.precision=fp32", "adapter.blocks=1"]
 POISSON = ["rounds=10", "train.batch_size=64", "train.balance=none", "adapter.rank=4", "selection.every=10"]
 BACKBONE = {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 56}
-SHARE, SHARE_PRIVATE = 6, 3
+IN_TURN = f"fedopal:method.training=in-turn:{QUIET}:{RECORD}"
+
+
+class Protocol(NamedTuple):
+    """What is trained and audited: one lesion in ``share``, ``images`` of each (0: all), ``patients`` of each side."""
+
+    title: str
+    methods: tuple[str, ...]
+    audits: tuple[str, ...]
+    share: int
+    images: int
+    patients: int
+    settings: list[str]
+
+
+PROTOCOLS = {
+    "audits": Protocol("", ("fedopal", "fedit", "local"), ("rmia", "lira", "historical"), 6, 0, 400, SETTINGS),
+    "audits-private": Protocol(
+        ", with and without noise",
+        ("fedit", *(f"fedit:{QUIET}:{RECORD}{epsilon}" for epsilon in (8, 4, 1))),
+        ("rmia", "lira", "canary"),
+        3,
+        1,
+        400,
+        [*SETTINGS, *POISSON],
+    ),
+    "audits-whole": Protocol(
+        ": whole sites, by class, with and without noise",
+        ("fedopal", f"{IN_TURN}8", f"{IN_TURN}1"),
+        ("rmia", "lira"),
+        1,
+        1,
+        5000,
+        [*SETTINGS, *POISSON],
+    ),
+}
+"""By the name of their page."""
 
 
 Found = dict[tuple[str, int, str], dict[str, Any]]
@@ -71,9 +106,14 @@ def ends(cell: dict[str, float | None]) -> str:
     return f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
 
 
-def rows(found: Found, seeds: Sequence[int], name: str, subject: str | None = "all") -> list[str]:
+def kind(subject: str) -> str:
+    """Return what a row is about: ``all``, a ``class`` or a ``site``."""
+    return subject if subject == "all" else "class" if subject.startswith("class ") else "site"
+
+
+def rows(found: Found, seeds: Sequence[int], name: str, about: str = "all") -> list[str]:
     """Return the table of one audit: the strength of every seed, their mean, the placebo's, and what was found."""
-    place = [] if subject == "all" else ["at"]
+    place = [] if about == "all" else ["at"]
     head = [
         "method",
         "model",
@@ -89,7 +129,7 @@ def rows(found: Found, seeds: Sequence[int], name: str, subject: str | None = "a
     for method in methods_of(found):
         each = [found[method, seed, name]["rows"] for seed in seeds]
         for at, row in enumerate(each[0]):
-            if (row["subject"] == "all") != (subject == "all"):
+            if kind(row["subject"]) != about:
                 continue
             same = [one[at] for one in each]
             if all(one["strength"]["value"] is None for one in same):
@@ -117,22 +157,23 @@ def power(found: Found, seeds: Sequence[int], name: str) -> list[str]:
     return lines
 
 
-def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int], private: bool) -> str:
+def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int], name: str) -> str:
     """Return the results page in Markdown; every number comes from the audits' files."""
-    methods = methods_of(found)
+    methods, protocol = methods_of(found), PROTOCOLS[name]
     first, told = found[methods[0], seeds[0], "rmia"], machine()
     some = "" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}"
-    name, share = ("audits-private", SHARE_PRIVATE) if private else ("audits", SHARE)
     lines = [
-        f"# Membership audits on HAM10000{', with and without noise' if private else ''}",
+        f"# Membership audits on HAM10000{protocol.title}",
         "",
         f"Command: `python recipes/audits.py /path/to/fed_ham10000 --out results/{name} --page docs/results/{name}.md"
-        f"{some}{' --private' if private else ''}`. "
+        f"{some}{name.removeprefix('audits').replace('-', ' --')}`. "
         f"{told['cores']} cores of an AMD EPYC, torch {told['torch']}, one thread, float32. Seeds "
-        f"{', '.join(map(str, seeds))}; one split by lesion for all; one lesion in {share} of the set"
-        f"{', one image of each' if private else ''}, 30 % of them others. "
+        f"{', '.join(map(str, seeds))}; one split by lesion for all; "
+        f"{f'one lesion in {protocol.share} of the set' if protocol.share > 1 else 'all lesions'}"
+        f"{', one image of each' if protocol.images else ''}, 30 % of them others. "
         f"{first['settings']['references']} reference models a run. Over all sites: {first['rows'][0]['n']} (a "
-        "lesion counts once), too few for a rate of 0.1 %. In a seed's column the interval is over patients, at 95 %; "
+        f"lesion counts once){', too few for a rate of 0.1 %' if protocol.share > 1 else ''}. In a seed's column the "
+        "interval is over patients, at 95 %; "
         "of the mean, over three or more seeds, Student's t. The placebo is the same attack on reference models, whose "
         "training does not depend on who trained the run; bound: the most that epsilon allows, where a model has one; "
         "found: above chance and above the placebo, by the intervals. "
@@ -142,7 +183,7 @@ def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int], 
         + "; ".join(f"`{method}` {said}" for method, said in scores.items())
         + ".",
     ]
-    for name in dict.fromkeys(name for _, _, name in found):
+    for name in protocol.audits:
         one = found[methods[0], seeds[0], name]
         lines += [
             "",
@@ -154,8 +195,10 @@ def page(found: Found, scores: dict[str, str], toml: str, seeds: Sequence[int], 
         lines += ["", *power(found, seeds, name)] if name in ("rmia", "lira") else [""]
         if name == "historical":
             lines += [*(f"- `{m}`, seed {s}: {found[m, s, name]['warnings'][1]}" for m in methods for s in seeds)]
-    table = rows(found, seeds, "lira", None)
-    lines += ["", "## LiRA by site", "", *table[:2], *(line for line in table if "| AUC |" in line)]
+    for about in ("site", "class"):
+        table = rows(found, seeds, "lira", about)
+        if table[2:]:  # audits of before classes had rows have none
+            lines += ["", f"## LiRA by {about}", "", *table[:2], *(line for line in table if "| AUC |" in line)]
     return "\n".join([*lines, "", "## The experiment", "", "```toml", without_path(toml), "```", ""])
 
 
@@ -163,37 +206,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/audits"))
-    parser.add_argument("--patients", type=int, default=400, help="most members, and most others, of each site")
+    parser.add_argument("--patients", type=int, help="most members, and most others, of each site")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--private", action="store_true", help="methods with noise, beside the same without")
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument("--private", action="store_true", help="methods with noise, beside the same without")
+    more.add_argument("--whole", action="store_true", help="whole sites: down to a false-positive rate of 0.1 %%")
     parser.add_argument("--page", type=Path)
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    share, most = (SHARE_PRIVATE, 1) if args.private else (SHARE, 0)
+    which = "audits-private" if args.private else "audits-whole" if args.whole else "audits"
+    protocol = PROTOCOLS[which]
     whole, table = prepare(args.data, args.out / "data"), args.out / "data" / "thinned.csv"
-    one_lesion_in(share, whole, table, most=most)
+    one_lesion_in(protocol.share, whole, table, most=protocol.images)
     found: Found = {}
     scores: dict[str, list[float | None]] = {}
     toml = ""
-    methods, settings = (PRIVATE, [*SETTINGS, *POISSON]) if args.private else (METHODS, SETTINGS)
-    audits = AUDITS_PRIVATE if args.private else AUDITS
+    audits, patients = protocol.audits, args.patients or protocol.patients
     for seed in args.seeds:
-        for method in methods:
+        for method in protocol.methods:
             values = {"path": str(table.resolve()), "seed": seed, "backbone": BACKBONE}
-            experiment = validate(override(values, [*settings, *args.overrides])).for_method(method)
+            experiment = validate(override(values, [*protocol.settings, *args.overrides])).for_method(method)
             toml, out = toml or experiment.toml(), args.out / f"{re.sub(r'[^a-z0-9=.-]+', '-', method)}-{seed}"
             run_experiment(experiment, out)
             missing = [name for name in audits if not (out / "audits" / f"{name}.json").exists()]
             if missing:
-                audit(out, only=missing, choice=Choice(seed=seed, patients=args.patients, notify=print))
+                audit(out, only=missing, choice=Choice(seed=seed, patients=patients, notify=print))
             print(write_report(out), flush=True)
             scores.setdefault(method, []).append(read_json(out / "results.json")["summary"]["personalised"]["mean"])
             for name in audits:
                 found[method, seed, name] = read_json(out / "audits" / f"{name}.json")
     if args.page:
         said = {method: mean(each) for method, each in scores.items()}
-        args.page.write_text(page(found, said, toml, args.seeds, args.private))
+        args.page.write_text(page(found, said, toml, args.seeds, which))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_federation import CLASSES, backbone_of, initial_params, tiny_data
 
@@ -24,6 +27,7 @@ from confrere.tensors import sub
 from confrere.tokenset import TokenSet
 
 FEDIT, PATCH, SIDE = make("fedit"), 6, 8
+HAM = Path(os.environ.get("CONFRERE_DATA", "data")) / "fed_ham10000" / "images_200x150.zip"
 
 
 def learner(backbone: Backbone, data: TokenSet, **changes: object) -> Learner:
@@ -197,9 +201,19 @@ def pictures(count: int) -> np.ndarray:
     return np.kron(coarse, np.ones((1, 4, 4, 1))).astype(np.uint8)
 
 
-def site(backbone: Backbone, labels: list[int]) -> tuple[TokenSet, torch.Tensor]:
+def lesions(count: int) -> np.ndarray:
+    """Return dermoscopies (count, 32, 32, 3), spread over HAM10000; skips where it is not at hand."""
+    if not HAM.exists():
+        pytest.skip("set CONFRERE_DATA to a folder holding fed_ham10000")
+    with zipfile.ZipFile(HAM) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+        files = [archive.open(name) for name in names[:: len(names) // count][:count]]
+        return np.stack([np.asarray(Image.open(file).convert("RGB").resize((32, 32))) for file in files])
+
+
+def site(backbone: Backbone, labels: list[int], images: np.ndarray | None = None) -> tuple[TokenSet, torch.Tensor]:
     """Return training images with these labels, and the chosen patch of each (B, 3, 8, 8), as the model sees it."""
-    images = pictures(len(labels))
+    images = pictures(len(labels)) if images is None else images
     tokens = backbone.prefix(images).numpy()
     size = len(labels)
     data = TokenSet(
@@ -230,6 +244,28 @@ def test_a_planted_model_hands_one_patch_of_a_single_image_to_the_server(malicio
     np.testing.assert_allclose(found, seen, atol=2e-3)
     error = float(((found - patches[0].numpy()) ** 2).mean())
     assert error < 0.35 * float(((patches[0] - patches[0].mean((1, 2), keepdim=True)) ** 2).mean())  # 62 of 192 numbers
+
+
+@pytest.mark.parametrize("kind", ["generated", "dermoscopy"])
+def test_how_alike_what_a_planted_model_shows_is(kind: str, malicious: Backbone) -> None:
+    """G27: a site that overrides the refusal shows its images' patches; the control is the next image's patch."""
+    from monai.metrics.regression import SSIMMetric
+
+    images = lesions(32) if kind == "dermoscopy" else pictures(32)
+    alike = SSIMMetric(spatial_dims=2, data_range=1.0, kernel_type="uniform", win_size=7, reduction="none")
+    normal = malicious.normalise(np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255)]).astype(np.uint8))
+    black, white = (normal[k, :, :1, :1].numpy() for k in (0, 1))
+    guesses, truths = [], []
+    for image in images:
+        data, patches = site(malicious, [0], image[None])
+        guesses.append((stolen(malicious, data, 0, 2) - black) / (white - black))
+        truths.append((patches[0].numpy() - black) / (white - black))
+    guess, truth = (torch.from_numpy(np.stack(each)).float() for each in (guesses, truths))
+    found, control = (alike(guess, other).flatten().numpy() for other in (truth, truth.roll(1, 0)))
+    print(f"\nG27: {kind}: SSIM {found.mean():.2f} ({found.min():.2f} to {found.max():.2f}) of 32 images' patches, ")
+    print(f"{control.mean():.2f} with the next image's")
+    assert found.mean() > 0.5
+    assert found.mean() > control.mean() + 0.3
 
 
 def test_the_only_image_of_a_rare_class_is_shown_after_many_steps_of_many_images(malicious: Backbone) -> None:

@@ -117,7 +117,7 @@ def test_power_leaves_out_the_reference_on_which_rmia_was_tuned(monkeypatch: pyt
     rights = np.concatenate([sure[None], one.rights[1:]])
     leaking = replace(one, rights=rights, others=np.log1p(-np.exp(rights)))
     monkeypatch.setattr(membership, "evidence", lambda run, choice: [leaking])
-    run = SimpleNamespace(guarantee=None)
+    run = SimpleNamespace(guarantee=None, federation=SimpleNamespace(classes=()))
     powers = {}
     for name in ("rmia", "lira"):
         found = find(name).function(run, Choice())  # type: ignore[arg-type]
@@ -125,6 +125,28 @@ def test_power_leaves_out_the_reference_on_which_rmia_was_tuned(monkeypatch: pyt
         assert bool(found.warnings) == (name == "rmia")
     assert powers["rmia"] == pytest.approx(0.5, abs=0.05)
     assert powers["lira"] > 0.55
+
+
+def test_what_is_learnt_of_one_class_is_found_there_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaking, quiet = (seen(leak, members=600, others=600) for leak in (4.0, 0.0))
+    rare, both = leaking.labels == 2, {}
+    for key in ("right", "other", "rights", "others"):
+        both[key] = np.where(rare, getattr(leaking, key), getattr(quiet, key))
+    monkeypatch.setattr(membership, "evidence", lambda run, choice: [replace(quiet, **both)])
+    run = SimpleNamespace(guarantee=None, federation=SimpleNamespace(classes=("naevus", "keratosis", "melanoma")))
+    for name in ("rmia", "lira"):
+        by_class = {r.subject: r for r in find(name).function(run, Choice()).rows if r.measure == "AUC"}  # type: ignore[arg-type]
+        assert list(by_class) == ["all", "a", "class naevus", "class keratosis", "class melanoma"]
+        assert by_class["class melanoma"].finding == "found"
+        assert by_class["class melanoma"].n == "200 members, 200 others"
+        assert {by_class[f"class {other}"].finding for other in ("naevus", "keratosis")} == {"not found"}
+
+
+def test_a_class_keeps_the_epsilon_of_all_images_of_its_patients() -> None:
+    record = Guarantee(epsilon=0.1, delta=1e-6, unit="record")
+    twice = replace(seen(0.0), most=3).of_class(1)
+    found = rows("class x", lira_score, [twice], record, 0, main=False)
+    assert found[0].bound == pytest.approx(statistics.auc_bound(*record.of_patient(3)))
 
 
 def promised(**changes: Any) -> Guarantee | None:

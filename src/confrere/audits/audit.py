@@ -69,7 +69,7 @@ class Row:
     """One number of an audit; a higher ``strength`` is a stronger attack.
 
     Args:
-        subject: a site, or ``all``. model: what was attacked: ``general``, ``update``, ``personalised``.
+        subject: a site, ``class NAME``, or ``all``. model: attacked: ``general``, ``update``, ``personalised``.
         control: the same attack where there is nothing to find. chance: what guessing gives.
         bound: the most that the run's guarantee allows; None without one that covers ``model``.
         n: on how many patients it rests, in words. main: whether the page shows it unfolded.

@@ -101,8 +101,7 @@ def rows(
     model, (inside, outside) = seen[0].model, sides(score, seen)
     placebo, covered = on_references(score, seen, known=False), None
     if guarantee is not None and guarantee.covers(model):
-        most = max(int(np.unique(one.patients, return_counts=True)[1].max()) for one in seen)
-        covered = guarantee.of_patient(most)
+        covered = guarantee.of_patient(max(one.most for one in seen))
     size = f"{len(inside)} members, {len(outside)} others"
     row = partial(Row, subject=subject, model=model, n=size, main=main)
     area = row(
@@ -140,7 +139,7 @@ def report(
     make_score: Callable[[Sequence[Evidence]], tuple[Score, dict[str, float]]],
     tuned: int = 0,
 ) -> Audit:
-    """Return the audit of an attack: on every model, over all sites and at each.
+    """Return the audit of an attack: on every model, over all sites, at each, and on each class of all sites.
 
     Args:
         name: of the audit.
@@ -162,6 +161,9 @@ def report(
         found += rows("all", score, seen, run.guarantee, choice.seed, main=True)
         for one in seen:
             found += rows(one.site, score, [one], run.guarantee, choice.seed, main=False)
+        for label, known in enumerate(run.federation.classes):
+            own = [one.of_class(label) for one in seen]
+            found += rows(f"class {known}", score, own, run.guarantee, choice.seed, main=False)
         power = averaged([statistics.auc(*pair) for pair in on_references(score, seen, known=True)[tuned:]])
         if power.low is None or power.low <= 0.5:
             powerless.append(model)

@@ -31,7 +31,8 @@ class Evidence:
     Shapes: N audited images, Z images of other patients (the run's validation images), R references.
 
     Args:
-        patients: int (N,). inside: bool (N,), whether the run trained on it.
+        patients: int (N,). labels: int (N,), classes. inside: bool (N,), whether the run trained on it.
+        most: images of the patient who has most of them.
         right: (N,) log-probability of the right class, by the run's model; ``rights`` (R, N) by each reference.
         other: (N,) log-probability of all other classes together; ``others`` (R, N).
         trained: bool (R, N), whether a reference trained on it.
@@ -41,7 +42,9 @@ class Evidence:
     model: str
     site: str
     patients: NDArray[np.int64]
+    labels: NDArray[np.int64]
     inside: NDArray[np.bool_]
+    most: int
     right: Floats
     other: Floats
     rights: Floats
@@ -68,6 +71,12 @@ class Evidence:
             trained=self.trained[rest],
             rights_beside=self.rights_beside[rest],
         )
+
+    def of_class(self, label: int) -> Evidence:
+        """Return the attack on the images of one class alone; their patients may have images of others."""
+        own = self.labels == label
+        flat = {key: getattr(self, key)[own] for key in ("patients", "labels", "inside", "right", "other")}
+        return replace(self, **flat, **{key: getattr(self, key)[:, own] for key in ("rights", "others", "trained")})
 
     def mean_outside(self, values: Floats) -> Floats:
         """Return the mean (N,) over the references that were not trained on an image."""
@@ -159,7 +168,9 @@ def _evidence(run: AuditedRun, trained: Sequence[AuditedRun], model: str, site: 
         model=model,
         site=site,
         patients=data.groups[audited],
+        labels=data.labels[audited],
         inside=data.split[audited] == TRAIN,
+        most=int(np.unique(data.groups[audited], return_counts=True)[1].max()),
         right=right,
         other=other,
         rights=np.stack([one[0] for one in each]),
