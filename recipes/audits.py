@@ -40,7 +40,7 @@ SETTINGS = ["rounds=6", "train.steps=10", "train.lr=2e-3", "selection.every=2", 
 SETTINGS += ["workers=1", "controls=[]", "data.test=0.3", "data.val=0.1", "engine.precision=fp32", "adapter.blocks=1"]
 POISSON = ["rounds=10", "train.batch_size=64", "train.balance=none", "adapter.rank=4", "selection.every=10"]
 BACKBONE = {"name": "dinov2-small-imgfocus", "depth": 8, "image_size": 56}
-IN_TURN = f"fedopal:method.training=in-turn:{QUIET}:{RECORD}"
+IN_TURN = f"fedopal:training=in-turn:{QUIET}:{RECORD}"
 
 
 class Protocol(NamedTuple):

@@ -103,6 +103,18 @@ def test_overrides_are_toml_values_or_plain_strings() -> None:
             override({"train": {"lr": 1.0}}, [wrong])
 
 
+def test_options_follow_a_bare_name() -> None:
+    """As the command line of doctor, and a file with ``method = "fedopal"`` and an override, have it."""
+    given = override({"task": "classification"}, ["method=fedopal", "method.training=in-turn", "task.name=survival"])
+    assert given == {"task": {"name": "survival"}, "method": {"name": "fedopal", "training": "in-turn"}}
+
+
+def test_an_option_with_its_table_before_it_is_explained() -> None:
+    experiment = validate({"path": "x"})
+    with pytest.raises(ConfigError, match="stands there without the prefix: training"):
+        experiment.for_method("fedopal:method.training=in-turn")
+
+
 def test_an_override_leaves_its_input_alone() -> None:
     values = {"train": {"lr": 1.0}}
     override(values, ["train.lr=0.5", "seed=1"])

@@ -38,6 +38,7 @@ from confrere.method import Method, defaults, make
 from confrere.tasks import TASKS, Task, make_task
 
 _DEEPEST = 8  # tables above a key
+BARE = ("method", "task")  # tables that may be given as a bare name
 MAY_DIFFER = ("adapter", "attack", "backbone", "engine", "federation", "gate", "privacy", "secure", "train")
 """Tables whose keys a method's label may set in a comparison, but for those that change how many steps are taken."""
 STEPS = ("train.steps", "federation.fraction", "federation.sampling")
@@ -211,6 +212,9 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         if len(tables) > _DEEPEST:
             raise ConfigError("a key has too many parts", where=key[:80], fix="write key.path=value", code="override")
         target = result
+        head = tables[0] if tables else ""
+        if head in BARE and isinstance(result.get(head), str):
+            result[head] = {"name": result[head]}
         for table in tables:
             target = target.setdefault(table, {})
             if not isinstance(target, dict):
@@ -262,7 +266,9 @@ def _refuse_unequal(key: str) -> None:
         raise ConfigError(
             "methods of one comparison have the same data and steps", where=key, fix=fix, code="comparison"
         )
-    raise ConfigError("unknown key", where=key, fix=nearest(key, may), code="unknown-key")
+    own = key.removeprefix("method.")
+    fix = nearest(key, may) if own == key else f"an option of the method stands there without the prefix: {own}"
+    raise ConfigError("unknown key", where=key, fix=fix, code="unknown-key")
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:

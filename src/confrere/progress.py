@@ -101,7 +101,7 @@ class _Show:
 
     def _evaluation(self, event: dict[str, Any]) -> None:
         scores = "  ".join(f"{s} {v:.2f}" for s, v in event["sites"].items() if v is not None)
-        mean = f"mean {event['mean']:.3f}" if event["mean"] is not None else "no validation images"
+        mean = f"mean {event['mean']:.3f}" if event["mean"] is not None else "no scores"
         self.bars.update(self.tasks["rounds"], note=mean)
         seconds = time.perf_counter() - self.started
         self.console.print(

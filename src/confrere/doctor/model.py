@@ -14,6 +14,7 @@ from confrere.config import Experiment
 from confrere.data.federation import Federation
 from confrere.doctor.finding import Finding, attempt
 from confrere.doctor.machine import LEAST_MEMORY, free_memory
+from confrere.doctor.noise import noise_findings
 from confrere.doctor.places import room
 from confrere.errors import BackboneError, DataError, RunError
 from confrere.job import Prepared, initial
@@ -41,6 +42,7 @@ def model_findings(experiment: Experiment, federation: Federation, out: Path | N
         with torch.no_grad():
             part = as_numpy(backbone.prefix(part))
     yield _memory(experiment, backbone, part)
+    yield from noise_findings(experiment, federation, backbone)
     if not (federation.tabular or backbone.anatomy.trained):  # these keep no activations
         kept = sum(file.stat().st_size for file in cache_dir().glob("tokens-*.npy"))
         need = cache_bytes(experiment, federation, part.nbytes)
