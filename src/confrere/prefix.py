@@ -18,7 +18,7 @@ from confrere.data.mapped import Blank, Mapped, made
 from confrere.data.view import View
 from confrere.errors import ConfigError
 from confrere.seeds import derive
-from confrere.tokenset import Array, TokenSet, as_numpy, oriented
+from confrere.tokenset import Array, TokenSet, as_numpy, keys_of, oriented
 
 BATCH = 64
 
@@ -93,6 +93,7 @@ def tokens(
             split=site.split,
             classes=classes,
             truth=site.targets,
+            keys=keys_of(site.groups, site.digests),
         )
     every, train = np.arange(len(site.labels)), np.flatnonzero(site.split == 0)
     if views > 4 and len(set(backbone.image_size)) > 1:
@@ -112,6 +113,7 @@ def tokens(
         classes=classes,
         truth=site.targets,
         named=site.named,
+        keys=keys_of(site.groups, site.digests),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +31,7 @@ class TokenSet:
         truth: what a model learns where that is not the label: masks uint8 (N, H, W); or float32: boxes (N, most, 5),
             findings (N, K), or time and event (N, 2).
         named: whether patients are; if not, every image counts as a patient.
+        keys: uint64 (N,), the same for all images of a patient, and whoever else is there; see :func:`keys_of`.
     """
 
     tokens: Array
@@ -41,10 +42,25 @@ class TokenSet:
     views: tuple[Array, ...] = ()
     truth: Array | None = None
     named: bool = False
+    keys: np.ndarray | None = None
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of ``train``, ``val`` or ``test``."""
         return np.flatnonzero(self.split == ("train", "val", "test").index(split))
+
+    def trained_on(self, chosen: np.ndarray) -> TokenSet:
+        """Return the same set with ``chosen``, row numbers of training images in any order, as its only ones."""
+        split, rows, chosen = self.split.copy(), self.rows("train"), np.sort(chosen)
+        split[rows] = -1  # a code of no split
+        split[chosen] = 0
+        at = np.searchsorted(rows, chosen)
+        return replace(self, split=split, views=tuple(Chosen(view, at) for view in self.views))
+
+    def rows_of_shard(self, shard: int, shards: int) -> np.ndarray:
+        """Return the training rows of the patients of one of ``shards`` parts; without keys by patients' numbers."""
+        rows, keys = self.rows("train"), self.groups.astype(np.uint64) if self.keys is None else self.keys
+        own: np.ndarray = rows[shard_of(keys[rows], shards) == shard]
+        return own
 
     def batch(self, rows: np.ndarray, views: np.ndarray | None = None) -> Batch:
         """Return the rows as tensors, copied out of the memory map; training rows in the orientation of ``views``."""
@@ -66,6 +82,36 @@ class TokenSet:
             masks = found.dtype == np.uint8
             found[views == view] = oriented(part[..., None], int(view))[..., 0] if masks else turned(part, int(view))
         return found
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some rows of an array, in this order."""
+
+    base: Array
+    which: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+        return self.base[self.which[rows]]
+
+
+def keys_of(groups: np.ndarray, digests: Sequence[str]) -> np.ndarray:
+    """Return a number of each image's patient, uint64 (N,): the start of the smallest SHA-256 of his or her images.
+
+    Patients' numbers (``groups``) change when somebody is deleted; this one does not.
+    """
+    first: dict[int, str] = {}
+    for group, digest in zip(groups.tolist(), digests, strict=True):
+        first[group] = min(digest, first.get(group, digest))
+    return np.array([int(first[group][:16], 16) for group in groups.tolist()], dtype=np.uint64)
+
+
+def shard_of(keys: np.ndarray, shards: int) -> np.ndarray:
+    """Return the shard (N,) of each image by its patient's key."""
+    return np.asarray(keys % np.uint64(shards), dtype=np.int64)
 
 
 def oriented(images: np.ndarray, view: int) -> np.ndarray:

@@ -74,3 +74,14 @@ def members(stacked: Tensors) -> Iterator[dict[str, Tensor]]:
         factors = {n: stacked[n][part] if side == "A" else stacked[n][:, part] for n, side in sides.items() if side}
         yield {**factors, head.WEIGHT: stacked[WEIGHTS][index], head.BIAS: stacked[BIASES][index]}
         first += rank
+
+
+def beside(models: Sequence[Tensors]) -> dict[str, Tensor]:
+    """Return models of one rank as :func:`stack` does, without ranks: nothing but weights, which can be averaged."""
+    return {name: value for name, value in stack(models).items() if name != RANKS}
+
+
+def apart(shared: Tensors, count: int) -> list[dict[str, Tensor]]:
+    """Return the ``count`` models that :func:`beside` put side by side."""
+    rank = next(len(value) for name, value in shared.items() if side_of(name) == "A") // count
+    return list(members({**shared, RANKS: torch.tensor([rank] * count)}))

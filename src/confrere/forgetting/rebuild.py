@@ -7,6 +7,7 @@ their first part cost: all of them for a site that took part from the start, few
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from confrere.errors import RunError
 from confrere.federation.sampling import sample
 from confrere.fingerprint import begin, differences
 from confrere.forgetting.data import Opened
+from confrere.forgetting.shards import retrained
 from confrere.forgetting.way import Cost
 from confrere.job import Notify, Prepared, initial, plan, prepare, threads, train
+from confrere.methods.shards import Shards
 from confrere.record.files import write_bytes
 from confrere.record.run import Run
 from confrere.tensors import digest
@@ -33,20 +36,34 @@ def rebuild(run: Path, opened: Opened, out: Path, notify: Notify = lambda event:
     torch.set_num_threads(threads(experiment, opened.after))
     drifted = bool(differences(run, opened.old))
     begin(out, experiment, opened.after, accept_drift=False)
+    earlier, counted = _steps(new, experiment.train.steps), list[int]()
+    method = experiment.build_method()
+    shards = method if isinstance(method, Shards) and not drifted and _as_stored(opened) else None
     if not (out / "results.json").exists():
         task = prepare(experiment, opened.after, notify)
         torch.set_num_threads(threads(experiment, opened.after))
         if not drifted:
             take_over(Run(run), opened, task, new)
+        if shards is not None:
+            task = replace(task, method=retrained(shards, run, opened, counted))
         notify({"event": "method", "name": task.method.name, "rounds": experiment.rounds})
         train(task, out, notify)
     done = [event for event in new.events() if event["event"] == "round"]
-    again = [event for event in done if any(entry["seconds"] for entry in event["sites"].values())]
-    return Cost(
-        rounds=len(again),
-        reused=len(done) - len(again),
-        steps=experiment.train.steps * sum(sum(e["seconds"] > 0 for e in event["sites"].values()) for event in again),
-    )
+    again = sum(any(entry["seconds"] for entry in event["sites"].values()) for event in done)
+    # Of shards, steps are counted as they are taken; those of an earlier call count as if all had been trained.
+    steps = earlier + sum(counted) if shards else _steps(new, experiment.train.steps)
+    return Cost(rounds=again, reused=len(done) - again, steps=steps)
+
+
+def _steps(run: Run, each: int) -> int:
+    """Return the local steps of all trainings in a run that were not taken over, ``each`` a round."""
+    events = [event for event in run.events() if event["event"] == "round"]
+    return each * sum(1 for event in events for entry in event["sites"].values() if entry["seconds"] > 0)
+
+
+def _as_stored(opened: Opened) -> bool:
+    """Return whether what sites stored is what they sent, and would be again: no attack, no new noise, no masks."""
+    return not (opened.experiment.attack.sites or opened.noisy or opened.experiment.masked)
 
 
 def take_over(old: Run, opened: Opened, task: Prepared, new: Run) -> int:
@@ -55,9 +72,8 @@ def take_over(old: Run, opened: Opened, task: Prepared, new: Run) -> int:
     A site answers a request for which it has an answer with that answer: the loop goes through these rounds without
     training, averages anew and judges anew, without those who are gone.
     """
-    experiment, method = opened.experiment, task.method
-    # What was sent is not what is stored, noise is drawn anew, or the journal has no digest to check a state by.
-    if experiment.attack.sites or opened.noisy or experiment.masked:
+    method = task.method
+    if not _as_stored(opened):
         return 0
     own = not method.sends  # nobody learns from others: each site's states are right as long as its own data are
     if not own and digest(method.init_server(initial(task, ""))) != _start(old):

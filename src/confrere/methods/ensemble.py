@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -45,10 +46,14 @@ class Ensemble(Method):
         """Return class scores (B, K); of an ensemble, the logarithm of the mean of its members' probabilities."""
         if self.predicts != "ensemble" and RANKS not in params:
             return backbone.logits(params, tokens)
-        models = members(params) if RANKS in params else [params]  # before any vector has come: the own model
-        chances = [backbone.logits(model, tokens).softmax(1) for model in models]
-        return torch.stack(chances).mean(0).clamp_min(1e-12).log()
+        return together(backbone, members(params) if RANKS in params else [params], tokens)  # the own: no vector came
 
     def additive(self) -> bool:
         """Return whether prediction is that of one adapter: an ensemble's is not."""
         return self.predicts != "ensemble"
+
+
+def together(backbone: Backbone, models: Iterable[Tensors], tokens: Tensor) -> Tensor:
+    """Return class scores (B, K): the logarithm of the mean of the models' probabilities."""
+    chances = [backbone.logits(model, tokens).softmax(1) for model in models]
+    return torch.stack(chances).mean(0).clamp_min(1e-12).log()

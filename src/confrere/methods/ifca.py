@@ -86,10 +86,9 @@ class IFCA(Method):
 
     def few(self, learner: Learner) -> Learner:
         """Return the learner with at most ``images`` of its training images, drawn at the round's address."""
-        rows, split = learner.data.rows("train"), learner.data.split.copy()
+        rows = learner.data.rows("train")
         order = numpy_generator(learner.seed, "choice", learner.round, learner.site).permutation(rows)
-        split[order[self.images or len(order) :]] = -1  # a code of no split
-        return replace(learner, data=replace(learner.data, split=split))
+        return replace(learner, data=learner.data.trained_on(order[: self.images or len(order)]))
 
     def payload(self, params: Tensors, received: State, round_: int, rounds: int) -> State:
         """Return a model and, once there are clusters, a choice."""

@@ -1,0 +1,69 @@
+"""Adapter shards: what was trained without the forgotten is taken over model by model, the others are trained again.
+
+A shard's model in a round depends on the shard's images at the sites and on the shard's model before, on nothing else.
+So the rebuilt run holds the bytes that training everything again would give, for a part of its steps.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from confrere.adapters.vectors import apart
+from confrere.data.splits import TRAIN
+from confrere.errors import RunError
+from confrere.forgetting.data import Opened
+from confrere.learner import Learner
+from confrere.method import Method
+from confrere.methods.shards import Part, Shards, steps_of
+from confrere.record.run import Run
+from confrere.tensors import Tensors, digest
+from confrere.tokenset import keys_of, shard_of
+
+
+@lru_cache(maxsize=2)
+def of_round(old: Path, round_: int) -> tuple[Tensors, dict[str, Any]]:
+    """Return what the server had before a round, and each site's answer that is there and what the journal says."""
+    run, answers = Run(old), dict[str, Any]()
+    told = [event["sites"] for event in run.events() if event["event"] == "round" and event["round"] == round_]
+    for site, record in told[-1].items() if told else ():
+        try:
+            _, reply = run.store(site).read(round_)
+        except (RunError, OSError):
+            continue
+        if digest(reply.state) == record["stored"]:
+            answers[site] = reply.state
+    there = run.server_file(round_ - 1).exists()
+    return (run.server(round_ - 1)["shared"] if there else {}), answers
+
+
+def retrained(method: Shards, old: Path, opened: Opened, steps: list[int]) -> Method:
+    """Return :class:`Shards` that take over from the run ``old`` what did not depend on the forgotten.
+
+    Args:
+        method: of the run.
+        old: the run; states of it that are gone or damaged are trained again.
+        opened: its data with and without the forgotten.
+        steps: receives how many were taken in each training of a shard.
+    """
+    count = method.shards
+    again = set[int]() if opened.before else set(range(count))  # a site of which nothing is left
+    for site in opened.gone.values():
+        trained = np.flatnonzero(site.split == TRAIN)
+        again |= set(shard_of(keys_of(site.groups, site.digests)[trained], count).tolist())
+
+    class Retrained(Shards):
+        def part(self, learner: Learner, model: Tensors, shard: int) -> Part:
+            if shard not in again:
+                before, answers = of_round(old, learner.round)
+                answer = answers.get(learner.site)
+                if answer and before and digest({"": model}) == digest({"": apart(before, self.shards)[shard]}):
+                    images, losses = (float(answer["parts"][key][shard]) for key in ("images", "losses"))
+                    return apart(answer["shared"], self.shards)[shard], images, losses
+            steps.append(steps_of(learner.settings.steps, self.shards, shard))
+            return super().part(learner, model, shard)
+
+    return Retrained(shards=count)
