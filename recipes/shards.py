@@ -3,8 +3,8 @@
     python recipes/shards.py DATA --out results/shards --page docs/results/shards.md
 
 DATA as for ``recipes/ham10000.py``; the small runs of its ``zoo`` in float32, three seeds. Forgotten are one training
-lesion of a site, and a twentieth of them, by ``confrere forget RUN --patients list.csv --out OUT``. What was done is not
-done again.
+lesion of a site, and a twentieth of them, by ``confrere forget RUN --patients list.csv --out OUT``. What was done is
+not done again.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def page(results: dict[str, list[dict[str, Any]]], costs: dict[str, list[dict[st
         "lesions, mean over the four sites; one split by lesion for all; nothing was tuned. Seconds of forgetting "
         "include reading the data, judging every round and the examination, as those of training do.",
         "",
-        f"| method | balanced accuracy | forget one lesion of {SITE}: steps | seconds | {many} lesions: steps | seconds "
-        "| training: steps | seconds |",
+        f"| method | balanced accuracy | forget one lesion of {SITE}: steps | seconds | {many} lesions: steps "
+        "| seconds | training: steps | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method, found in results.items():
