@@ -2,7 +2,7 @@
 
     python recipes/shards.py DATA --out results/shards --page docs/results/shards.md
 
-DATA as for ``recipes/ham10000.py``; the small runs of its ``zoo`` in float32, three seeds. Forgotten are one training
+DATA as for ``recipes/ham10000.py``; small runs whose last round is kept, three seeds. Forgotten are one training
 lesion of a site, and a twentieth of them, by ``confrere forget RUN --patients list.csv --out OUT``. What was done is
 not done again.
 """
@@ -30,6 +30,7 @@ METHODS = ("fedit", "shards:shards=2", "shards:shards=4", "local", "pooled")
 FORGET = METHODS[:3]
 SEEDS = (0, 1, 2)
 SITE = SETUPS["ham10000"].site
+CHOICES = [*SMALL, "backbone.image_size=56", "adapter.blocks=1", "selection.every=8", "engine.precision=fp32"]
 
 
 def forgotten(run: Path, out: Path, lists: Path) -> dict[str, dict[str, Any]]:
@@ -86,7 +87,7 @@ def main() -> None:
     for seed in SEEDS:
         for method in METHODS:
             values = {**SETTINGS, "path": str(table.resolve()), "seed": seed}
-            chosen = validate(override(values, [*SMALL, "engine.precision=fp32", "workers=1", *args.overrides]))
+            chosen = validate(override(values, [*CHOICES, "workers=1", *args.overrides]))
             experiment, name = chosen.for_method(method), f"{re.sub(r'[^a-z0-9=]+', '-', method)}-{seed}"
             toml, run = toml or experiment.toml(), args.out / name
             if not (run / "results.json").exists():
