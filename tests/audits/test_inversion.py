@@ -18,6 +18,7 @@ from tiny_federation import CLASSES, backbone_of, initial_params, tiny_data
 from confrere import config
 from confrere.adapters import head, lora
 from confrere.audits import inversion, inversion_bench, inversion_planted
+from confrere.audits.audit import Choice
 from confrere.backbones import Backbone, load
 from confrere.consortium.policy import Policy, check
 from confrere.errors import BackboneError, ConfigError, PolicyError
@@ -129,6 +130,15 @@ def test_rounds_that_send_no_head_of_a_known_beginning_are_refused(name: str) ->
         bench.received.update({"cluster.0": shared, "cluster.1": shared})
     with pytest.raises(ConfigError) as caught:
         bench.sent(np.arange(4), 1, 4, 0)
+    assert caught.value.code == "audit"
+
+
+def test_several_models_at_once_are_refused() -> None:
+    run = SimpleNamespace(
+        method=make("shards"), experiment=SimpleNamespace(privacy=config.PrivacyChoice(), masked=False)
+    )
+    with pytest.raises(ConfigError, match="predicts with several models at once") as caught:
+        inversion.inversion(run, Choice())  # type: ignore[arg-type]
     assert caught.value.code == "audit"
 
 

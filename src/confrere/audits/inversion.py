@@ -24,6 +24,7 @@ from confrere.audits.inversion_bench import Bench, Victim, fewest_steps
 from confrere.audits.tapped import AuditedRun
 from confrere.consistency import UNITS
 from confrere.errors import ConfigError
+from confrere.method import Method
 from confrere.metrics.bootstrap import reach
 from confrere.optimiser import AdamW
 from confrere.seeds import numpy_generator
@@ -157,6 +158,9 @@ def inversion(run: AuditedRun, choice: Choice) -> Audit:
     if run.experiment.masked or run.method.pools or "shared" not in run.method.sends or len(shared) < 2:
         what = "there is no update of a single site that holds a head: it is masked, or stays at the site"
         raise ConfigError(what, where="method.name", fix="audit a run whose updates the server sees", code="audit")
+    if type(run.method).scores is not Method.scores and not run.method.additive():
+        what = f"{run.method.name} predicts with several models at once, whose gradients these attacks do not have"
+        raise ConfigError(what, where="method.name", fix="audit a run of another method", code="audit")
     benches = {site: Bench.of(run, site) for site in run.sites}
     rng = numpy_generator(choice.seed, "audit", "inversion")
     picked = [run.sites[i % len(run.sites)] for i in range(FEATURES)]
