@@ -54,7 +54,14 @@ def tiny_data(backbone: Backbone, site: str, n: int = 24) -> TokenSet:
     images[..., SITES.index(site) if site in SITES else 0] += 30
     split = np.array([0, 0, 0, 0, 1, 1, 2, 2] * (n // 8 + 1), dtype=np.int8)[:n]
     tokens = backbone.prefix(images.astype(np.uint8)).numpy()
-    return TokenSet(tokens=tokens, labels=labels.astype(np.int64), groups=np.arange(n), split=split, classes=CLASSES)
+    return TokenSet(
+        tokens=tokens,
+        labels=labels.astype(np.int64),
+        groups=np.arange(n),
+        split=split,
+        classes=CLASSES,
+        keys=np.arange(n, dtype=np.uint64),
+    )
 
 
 def initial_params(backbone: Backbone, method: Method, site: str, rank: int = 4, seed: int = 0) -> Tensors:

@@ -41,6 +41,9 @@ def check_choices(experiment: Experiment) -> None:
         _check_ranks(experiment, method)
         _check_depths(experiment, method)
         _check_privacy(experiment, method)
+    if main.stacked and experiment.federation.canonical:
+        what, fix = f"{main.name} sends several models side by side, which have no common gauge", "leave it out"
+        raise ConfigError(what, where="federation.canonical", fix=fix)
     # A comparison, which has no controls, may set a budget beside others.
     chosen, noisy = experiment.privacy, experiment.privacy.unit in UNITS
     hiding = [m for m in (main, *map(make, controls)) if m.release() or (noisy and m.sends and not m.pools)]

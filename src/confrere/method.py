@@ -93,6 +93,8 @@ class Method:
     """What it can learn; those that look at labels, features or heads of one form themselves name less."""
     whole: ClassVar[bool] = False
     """Whether it can train a whole network, which has no adapters."""
+    stacked: ClassVar[bool] = False
+    """Whether an adapter that is sent holds several models side by side, which have no common gauge."""
     closed_form: ClassVar[bool] = False
     """True for a method that solves instead of taking steps: no learning rate reaches it."""
     pools: ClassVar[bool] = False

@@ -127,6 +127,7 @@ def join(sets: Sequence[TokenSet]) -> TokenSet:
         groups=np.concatenate([s.groups for s in sets]),
         split=np.concatenate([s.split for s in sets]),
         classes=first.classes,
+        keys=np.concatenate([s.keys for s in sets]),
         truth=Stacked([s.truth for s in sets if s.truth is not None]) if first.truth is not None else None,
     )
 

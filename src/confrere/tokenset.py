@@ -42,7 +42,7 @@ class TokenSet:
     views: tuple[Array, ...] = ()
     truth: Array | None = None
     named: bool = False
-    keys: np.ndarray | None = None
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of ``train``, ``val`` or ``test``."""
@@ -57,9 +57,9 @@ class TokenSet:
         return replace(self, split=split, views=tuple(Chosen(view, at) for view in self.views))
 
     def rows_of_shard(self, shard: int, shards: int) -> np.ndarray:
-        """Return the training rows of the patients of one of ``shards`` parts; without keys by patients' numbers."""
-        rows, keys = self.rows("train"), self.groups.astype(np.uint64) if self.keys is None else self.keys
-        own: np.ndarray = rows[shard_of(keys[rows], shards) == shard]
+        """Return the training rows of the patients of one of ``shards`` parts, by their keys."""
+        rows = self.rows("train")
+        own: np.ndarray = rows[shard_of(self.keys[rows], shards) == shard]
         return own
 
     def batch(self, rows: np.ndarray, views: np.ndarray | None = None) -> Batch:

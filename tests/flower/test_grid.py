@@ -110,6 +110,19 @@ def test_a_silent_site_is_asked_again_ever_more_seldom(tmp_path: Path, monkeypat
     assert all(later - earlier >= 0.5 * 2**k for k, (earlier, later) in enumerate(itertools.pairwise(at)))
 
 
+def test_a_site_that_said_it_was_down_is_not_waited_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence after four restarts is as long as after none."""
+    monkeypatch.setattr("confrere.flower.grid.SILENCE", 0.5)
+    down = {"failure": {"code": "site-down"}}, {}
+    answers: dict[int, Any] = {**dict.fromkeys(range(1, 5), down), 5: None}
+    grid = FakeGrid(lambda site, attempt: answers.get(attempt, good(site)))
+    started = time.monotonic()
+    found = sites(grid, tmp_path).ask("train", {"south": FRAME})
+    assert isinstance(found["south"], tuple)
+    assert len(grid.sent) == 6
+    assert time.monotonic() - started < 15.0  # 0.5 * 2**5 s of silence alone would be 16
+
+
 def test_a_slow_site_that_was_asked_twice_answers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("confrere.flower.grid.SILENCE", 0.5)
     grid, late = FakeGrid(lambda site, attempt: good(site)), dict[str, Message]()

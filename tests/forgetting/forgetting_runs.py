@@ -23,7 +23,7 @@ def hospitals(folder: Path, sites: int = 3) -> Path:
     return make_microscopy(folder / "h", seed=1, sites=sites, images=(24, 30), size=32)
 
 
-def trained(data: Path, out: Path, **changes: Any) -> Path:
+def trained(data: Path, out: Path, /, **changes: Any) -> Path:
     values: dict[str, Any] = {"path": str(data), "method": "fedit", "controls": (), "rounds": 3, "threads": 1}
     values |= {"backbone": {"name": "test-vit"}, "adapter": {"blocks": 2, "rank": 4}}
     values |= {"train": {"steps": 2, "batch_size": 4, "lr": 0.02}}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_federation import backbone_of, initial_params, tiny_data
 
-from confrere.adapters.vectors import apart, beside
+from confrere.adapters.vectors import side_by_side, split_models
+from confrere.config import validate
 from confrere.errors import ConfigError
 from confrere.learner import Learner, TrainSettings
 from confrere.method import Reply, make
@@ -40,7 +41,9 @@ def test_an_image_less_moves_the_model_of_its_shard_alone() -> None:
     gone = int(data.rows("train")[0])
     less, _ = SHARDS.update(learner(data.trained_on(data.rows("train")[1:])), begun, {})
     shard = int(shard_of(data.groups[[gone]].astype(np.uint64), 3)[0])
-    for index, (before, after) in enumerate(zip(apart(whole["shared"], 3), apart(less["shared"], 3), strict=True)):
+    for index, (before, after) in enumerate(
+        zip(split_models(whole["shared"], 3), split_models(less["shared"], 3), strict=True)
+    ):
         assert same(before, after) == (index != shard)
     images = whole["parts"]["images"] - less["parts"]["images"]
     assert images.tolist() == [float(index == shard) for index in range(3)]
@@ -56,16 +59,16 @@ def test_models_are_averaged_by_their_own_images() -> None:
             round=1,
             weight=100.0,
             state={
-                "shared": beside(models[site]),
+                "shared": side_by_side(models[site]),
                 "parts": {"images": torch.tensor(counts[site]).double(), "losses": torch.zeros(3).double()},
             },
         )
         for site in "ab"
     ]
-    got = apart(SHARDS.aggregate(start(), replies)["shared"], 3)
+    got = split_models(SHARDS.aggregate(start(), replies)["shared"], 3)
     assert same(got[0], weighted_mean([(4.0, models["a"][0]), (1.0, models["b"][0])]))
     assert same(got[1], weighted_mean([(3.0, models["b"][1])]))
-    assert same(got[2], apart(start()["shared"], 3)[2])  # trained by nobody
+    assert same(got[2], split_models(start()["shared"], 3)[2])  # trained by nobody
 
 
 def test_prediction_is_the_mean_of_probabilities() -> None:
@@ -73,7 +76,7 @@ def test_prediction_is_the_mean_of_probabilities() -> None:
     tokens = tiny_data(BACKBONE, "a").batch(np.arange(5)).tokens
     with torch.no_grad():
         got = SHARDS.scores(BACKBONE, trained["shared"], tokens).exp()
-        each = [BACKBONE.logits(model, tokens).softmax(1) for model in apart(trained["shared"], 3)]
+        each = [BACKBONE.logits(model, tokens).softmax(1) for model in split_models(trained["shared"], 3)]
     assert len({tuple(one.flatten().tolist()) for one in each}) == 3
     torch.testing.assert_close(got, sum(each) / 3)
 
@@ -89,6 +92,12 @@ def test_training_images_of_a_part_keep_their_views() -> None:
     got = part.batch(chosen[[2, 0]], np.array([1, 0])).tokens.numpy()
     np.testing.assert_array_equal(got[0], np.asarray(data.tokens)[chosen[2]] + 100.0)
     np.testing.assert_array_equal(got[1], np.asarray(data.tokens)[chosen[0]])
+
+
+def test_one_gauge_for_all_models_is_refused() -> None:
+    values = {"path": "x", "controls": [], "method": "shards", "federation": {"canonical": True}}
+    with pytest.raises(ConfigError, match="several models side by side"):
+        validate(values)
 
 
 def test_steps_are_divided_and_none_is_lost() -> None:

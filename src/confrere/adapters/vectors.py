@@ -76,12 +76,12 @@ def members(stacked: Tensors) -> Iterator[dict[str, Tensor]]:
         first += rank
 
 
-def beside(models: Sequence[Tensors]) -> dict[str, Tensor]:
+def side_by_side(models: Sequence[Tensors]) -> dict[str, Tensor]:
     """Return models of one rank as :func:`stack` does, without ranks: nothing but weights, which can be averaged."""
     return {name: value for name, value in stack(models).items() if name != RANKS}
 
 
-def apart(shared: Tensors, count: int) -> list[dict[str, Tensor]]:
-    """Return the ``count`` models that :func:`beside` put side by side."""
+def split_models(shared: Tensors, count: int) -> list[dict[str, Tensor]]:
+    """Return the ``count`` models that :func:`side_by_side` returned."""
     rank = next(len(value) for name, value in shared.items() if side_of(name) == "A") // count
     return list(members({**shared, RANKS: torch.tensor([rank] * count)}))

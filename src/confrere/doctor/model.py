@@ -21,6 +21,7 @@ from confrere.job import Prepared, initial
 from confrere.opening import depth_of, load_backbone
 from confrere.prefix import cache_dir
 from confrere.record.machine import cores
+from confrere.tensors import n_bytes
 from confrere.tokenset import as_numpy
 
 KEPT_OF_A_BLOCK = 40
@@ -96,7 +97,8 @@ def run_bytes(experiment: Experiment, federation: Federation, backbone: Backbone
     """Return the bytes that a run writes at most: what the server and every site keep of every round, and exports."""
     method = experiment.build_method()
     task = Prepared(experiment=experiment, method=method, federation=federation, backbones={"": backbone}, data={})
-    each = sum(value.numel() * value.element_size() for value in initial(task, "").values())
+    params = initial(task, "")
+    each = max(n_bytes({"": params}), n_bytes(method.init_server(params)))  # several models, or more than one site has
     keep, sites = experiment.record.keep, len(federation.sites)
     rounds = experiment.rounds + 1 if not keep else min(experiment.rounds, keep + 1) + 1
     # A site keeps its own state and what it sent; exports hold every slot and their sum.

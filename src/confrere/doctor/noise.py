@@ -12,6 +12,7 @@ from confrere.config import Experiment
 from confrere.consistency import UNITS
 from confrere.data.federation import Federation, SiteImages
 from confrere.doctor.finding import Finding, attempt
+from confrere.federation.ledger import check_named
 from confrere.job import Prepared, initial
 from confrere.privacy.planning import FINE, plan_units
 
@@ -19,7 +20,7 @@ from confrere.privacy.planning import FINE, plan_units
 def noise_findings(experiment: Experiment, federation: Federation, backbone: Backbone) -> Iterator[Finding]:
     """Yield one finding: the site at which noise weighs most, or what a run would refuse."""
     privacy, method, train = experiment.privacy, experiment.build_method(), experiment.train
-    if privacy.unit not in UNITS:
+    if privacy.unit not in UNITS or not method.sends or method.pools:
         return
     task = Prepared(experiment=experiment, method=method, federation=federation, backbones={"": backbone}, data={})
     sent = sum(value.numel() for name, value in initial(task, "").items() if method.shared(name))
@@ -27,6 +28,7 @@ def noise_findings(experiment: Experiment, federation: Federation, backbone: Bac
 
     def plan(site: SiteImages) -> dict[str, Any]:
         rows = site.indices("train")
+        check_named(privacy.unit, site.groups, named=site.named)
         return plan_units(
             unit=privacy.unit,
             sigma=privacy.sigma,

@@ -207,10 +207,7 @@ def ledger_of(
     if privacy.unit not in ("record", "patient") or not method.sends or method.pools or not len(rows):
         return None
     units = len(rows) if privacy.unit == "record" else len(np.unique(data.groups[rows]))
-    if privacy.unit == "patient" and not data.named and len(np.unique(data.groups)) == len(data.groups):
-        what = "no patient of this site is named"
-        fix = "name them; or use privacy.unit=record, which then hides as much"
-        raise ConfigError(what, where="privacy.unit", fix=fix, code="privacy")
+    check_named(privacy.unit, data.groups, named=data.named)
     check_delta(privacy.delta, units, "patients" if privacy.unit == "patient" else "images")
     rate = min(1.0, settings.batch_size / units)
     steps = sum(method.noised(settings.steps, r, rounds) or 0 for r in range(1, rounds + 1))
@@ -228,6 +225,14 @@ def ledger_of(
     )
     file = folder / FILE if folder else None
     return Ledger(mechanism=mechanism, delta=privacy.delta, limit=privacy.epsilon, file=file)
+
+
+def check_named(unit: str, groups: np.ndarray, *, named: bool) -> None:
+    """Raise ConfigError where patients shall be hidden and none of a site is known by a name."""
+    if unit == "patient" and not named and len(np.unique(groups)) == len(groups):
+        what = "no patient of this site is named"
+        fix = "name them; or use privacy.unit=record, which then hides as much"
+        raise ConfigError(what, where="privacy.unit", fix=fix, code="privacy")
 
 
 def all_spent(journal: Iterable[Mapping[str, Any]], sites: Iterable[str]) -> str:

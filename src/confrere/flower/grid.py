@@ -86,7 +86,7 @@ class GridSites:
                     continue
                 found = _read(site, reply)
                 if found is None:
-                    due[site] = time.monotonic() + 1.0  # what was lost is given a moment
+                    due[site], silence[site] = time.monotonic() + 1.0, SILENCE  # what was lost is given a moment
                 else:
                     answers[site] = found
                     del due[site]

@@ -23,6 +23,7 @@ from confrere.data.table import read_rows
 from confrere.data.view import View
 from confrere.errors import ConfigError, DataError, RunError, nearest
 from confrere.fingerprint import stored_experiment
+from confrere.forgetting.learnt import changed_sites
 from confrere.forgetting.who import Whom
 from confrere.job import threads
 from confrere.opening import check_sites
@@ -40,7 +41,7 @@ class Opened:
         before: all data; None when those of the site are gone already.
         after: what is left.
         gone: site -> its forgotten images, in all three splits.
-        affected: sites that trained, or judged rounds, with something that is forgotten.
+        affected: sites that trained, or judged rounds, with something that is forgotten, or that changes without it.
         notes: what was fixed so that models stay comparable, in words.
     """
 
@@ -101,7 +102,7 @@ def open_both(run: Path, who: Whom, out: Path) -> Opened:
     check_sites(changed, after)
     gone = {site.name: _rows(site, groups, who) for site in before.sites} if before else {}
     gone = {name: site for name, site in gone.items() if len(site.labels)}
-    affected = {who.site} if who.site else {n for n, site in gone.items() if (site.split < NAMES.index("test")).any()}
+    affected = changed_sites(before, after) | ({who.site} if who.site else set())
     return Opened(
         experiment=changed,
         old=experiment,

@@ -118,9 +118,8 @@ def teach(learner: Learner, teacher: Tensors, temperature: float) -> Loss:
 def as_training(data: TokenSet) -> TokenSet:
     """Return the training rows of forgotten images as a set of their own."""
     rows = data.rows("train")
-    return replace(
-        data, tokens=data.tokens[rows], labels=data.labels[rows], groups=data.groups[rows], split=data.split[rows]
-    )
+    kept = {name: getattr(data, name)[rows] for name in ("tokens", "labels", "groups", "split")}
+    return replace(data, **kept, keys=data.keys[rows] if len(data.keys) else data.keys)
 
 
 def refuse(method: Method, *, masked: bool, noisy: bool, patients: bool, target: str) -> None:

@@ -36,7 +36,8 @@ def rebuild(run: Path, opened: Opened, out: Path, notify: Notify = lambda event:
     torch.set_num_threads(threads(experiment, opened.after))
     drifted = bool(differences(run, opened.old))
     begin(out, experiment, opened.after, accept_drift=False)
-    earlier, counted = _steps(new, experiment.train.steps), list[int]()
+    earlier, counted = _steps(new, experiment.train.steps), list[tuple[int, int]]()
+    before = _trained(new)
     method = experiment.build_method()
     shards = method if isinstance(method, Shards) and not drifted and _as_stored(opened) else None
     if not (out / "results.json").exists():
@@ -48,11 +49,18 @@ def rebuild(run: Path, opened: Opened, out: Path, notify: Notify = lambda event:
             task = replace(task, method=retrained(shards, run, opened, counted))
         notify({"event": "method", "name": task.method.name, "rounds": experiment.rounds})
         train(task, out, notify)
-    done = [event for event in new.events() if event["event"] == "round"]
-    again = sum(any(entry["seconds"] for entry in event["sites"].values()) for event in done)
-    # Of shards, steps are counted as they are taken; those of an earlier call count as if all had been trained.
-    steps = earlier + sum(counted) if shards else _steps(new, experiment.train.steps)
-    return Cost(rounds=again, reused=len(done) - again, steps=steps)
+    done, again = [event for event in new.events() if event["event"] == "round"], _trained(new)
+    if shards is None:
+        return Cost(rounds=again, reused=len(done) - again, steps=_steps(new, experiment.train.steps))
+    # Steps are counted as they are taken; rounds of an earlier call count as if every shard had been trained.
+    again = len({round_ for round_, _ in counted}) + before
+    return Cost(rounds=again, reused=len(done) - again, steps=earlier + sum(steps for _, steps in counted))
+
+
+def _trained(run: Run) -> int:
+    """Return in how many rounds of a run something was trained."""
+    events = [event for event in run.events() if event["event"] == "round"]
+    return sum(any(entry["seconds"] for entry in event["sites"].values()) for event in events)
 
 
 def _steps(run: Run, each: int) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from confrere.adapters.vectors import apart, beside
+from confrere.adapters.vectors import side_by_side, split_models
 from confrere.backbones import Backbone
 from confrere.errors import ConfigError
 from confrere.learner import Learner
@@ -48,6 +48,7 @@ class Shards(Method):
     sends: ClassVar[tuple[str, ...]] = ("shared", "parts")
     also_sends: ClassVar[tuple[str, ...]] = ("training images and loss of each shard",)
     targets: ClassVar[tuple[str, ...]] = ("label",)
+    stacked: ClassVar[bool] = True
 
     shards: int = 4
 
@@ -68,15 +69,15 @@ class Shards(Method):
 
     def init_server(self, params: Tensors) -> State:
         """Return all models, which start equal."""
-        return {"shared": beside([params] * self.shards)}
+        return {"shared": side_by_side([params] * self.shards)}
 
     def update(self, learner: Learner, received: State, state: State) -> tuple[State, State]:
         """Train each model on its part of the site's patients; one without any stays as it came."""
-        models = apart(received["shared"], self.shards)
+        models = split_models(received["shared"], self.shards)
         trained, *numbers = zip(*(self.part(learner, m, shard) for shard, m in enumerate(models)), strict=True)
         images, losses = (torch.tensor(each, dtype=torch.float64) for each in numbers)
         learner.metrics["loss"] = float(losses[images > 0].mean())
-        return {"shared": beside(trained), "parts": {"images": images, "losses": losses}}, {}
+        return {"shared": side_by_side(trained), "parts": {"images": images, "losses": losses}}, {}
 
     def part(self, learner: Learner, model: Tensors, shard: int) -> Part:
         """Return what training makes of one model."""
@@ -98,13 +99,13 @@ class Shards(Method):
 
     def aggregate(self, server: State, replies: Sequence[Reply]) -> State:
         """Average each model over the sites that trained it, by their images; one that none did stays."""
-        models = apart(server["shared"], self.shards)
-        came = [(reply.state["parts"]["images"], apart(reply.state["shared"], self.shards)) for reply in replies]
+        models = split_models(server["shared"], self.shards)
+        came = [(reply.state["parts"]["images"], split_models(reply.state["shared"], self.shards)) for reply in replies]
         for shard in range(self.shards):
             trained = [(float(images[shard]), theirs[shard]) for images, theirs in came if images[shard] > 0]
             models[shard] = weighted_mean(trained) if trained else models[shard]
-        return {**server, "shared": beside(models)}
+        return {**server, "shared": side_by_side(models)}
 
     def scores(self, backbone: Backbone, params: Tensors, tokens: Tensor) -> Tensor:
         """Return class scores (B, K): the logarithm of the shards' mean probability."""
-        return together(backbone, apart(params, self.shards), tokens)
+        return together(backbone, split_models(params, self.shards), tokens)
