@@ -55,6 +55,5 @@ VARIANTS |= {
     "fedacs-rising": make("fedacs", {"threshold": "rising", "halflife": 1}),
     "fedacs-quantile": make("fedacs", {"threshold": "quantile", "quantile": 0.8, "lam": 0.0}),
     "fedacs-none": make("fedacs", {"threshold": "none"}),
-    "shards-two": make("shards", {"shards": 2}),
     "ifca-three": make("ifca", {"clusters": 3}),
 }

@@ -85,6 +85,7 @@ def test_every_backbone_is_documented() -> None:
         assert f"`{name}`" in text, name
 
 
+@pytest.mark.slow
 def test_the_python_page_runs(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for site in ("st_mary", "riverside"):

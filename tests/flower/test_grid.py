@@ -28,6 +28,7 @@ Behave = Callable[[str, int], Message | None]
 
 @pytest.fixture(autouse=True)
 def run_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("confrere.flower.grid.POLL", 0.05)
     for name in ("_run_id", "_task_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
@@ -120,7 +121,7 @@ def test_a_site_that_said_it_was_down_is_not_waited_for_longer(tmp_path: Path, m
     found = sites(grid, tmp_path).ask("train", {"south": FRAME})
     assert isinstance(found["south"], tuple)
     assert len(grid.sent) == 6
-    assert time.monotonic() - started < 15.0  # 0.5 * 2**5 s of silence alone would be 16
+    assert time.monotonic() - started < 15.0  # four moments and one silence; 0.5 * 2**5 s of it alone would be 16
 
 
 def test_a_slow_site_that_was_asked_twice_answers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

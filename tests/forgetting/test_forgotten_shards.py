@@ -51,6 +51,7 @@ def test_a_site_had_a_part_in_every_shard(place: tuple[Path, Path], tmp_path: Pa
     assert found["retraining"]["steps"] == ROUNDS * (SITES - 1) * STEPS
 
 
+@pytest.mark.slow
 def test_a_site_whose_images_are_deleted_already(place: tuple[Path, Path], tmp_path: Path) -> None:
     data = Path(shutil.copytree(place[0], tmp_path / "h"))
     run = trained(data, tmp_path / "run", **CHOICE)
@@ -68,6 +69,7 @@ def test_a_patient_who_only_judged_costs_no_step(place: tuple[Path, Path], tmp_p
     assert found["cost"]["steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["another answer", "a torn answer", "another start"])
 def test_what_is_not_what_the_journal_says_is_trained_again(
     damage: str, place: tuple[Path, Path], tmp_path: Path
@@ -94,6 +96,7 @@ def harm(file: Path, *, torn: bool = False) -> None:
     write_state(file, {g: {n: t + 1 for n, t in tensors.items()} for g, tensors in groups.items()}, meta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["shards", "fedit"])
 @pytest.mark.parametrize("kind", ["label-noise", "quantity"])
 def test_what_a_simulated_shift_draws_anew_is_trained_again(
