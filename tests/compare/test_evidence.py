@@ -208,6 +208,7 @@ def test_two_data_sets_controls_and_tests(compared: Path) -> None:
     assert found["command"] == ("confrere compare DATA DATA2 --methods fedit,fedopal:head=local --seeds 0,1 --tune 1")
 
 
+@pytest.mark.slow
 def test_tables_for_programs_and_papers(compared: Path) -> None:
     found = json.loads((compared / "comparison.json").read_text())
     with (compared / "comparison.csv").open() as file:
@@ -229,6 +230,7 @@ def test_tables_for_programs_and_papers(compared: Path) -> None:
     assert r"\bottomrule" in tex
 
 
+@pytest.mark.slow
 def test_the_page_shows_all_of_it(compared: Path) -> None:
     page = (compared / "comparison.html").read_text()
     found = json.loads((compared / "comparison.json").read_text())

@@ -73,6 +73,7 @@ def test_the_numbers_are_those_of_the_runs(compared: Path) -> None:
     assert "the only method beside the controls, has a mean Dice of" in found["recommendation"]["sentences"][0]["text"]
 
 
+@pytest.mark.slow
 def test_what_is_written_speaks_of_dice(compared: Path) -> None:
     for name in ("comparison.json", "comparison.html", "comparison.csv", "comparison_scores.csv", "comparison.tex"):
         text = (compared / name).read_text()

@@ -218,7 +218,8 @@ def small(path: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:
 WHOLE = [name for name, cls in sorted(METHODS.items()) if cls.whole]
 
 
-@pytest.mark.parametrize("method", [pytest.param(n, marks=[] if n == "fedper" else pytest.mark.slow) for n in WHOLE])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WHOLE)
 def test_a_run_ends_with_models_that_predict(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONFRERE_CACHE", str(tmp_path / "cache"))
     data, out = hospitals(tmp_path / "data", each=5), tmp_path / "run"
