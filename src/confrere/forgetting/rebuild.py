@@ -36,8 +36,7 @@ def rebuild(run: Path, opened: Opened, out: Path, notify: Notify = lambda event:
     torch.set_num_threads(threads(experiment, opened.after))
     drifted = bool(differences(run, opened.old))
     begin(out, experiment, opened.after, accept_drift=False)
-    earlier, counted = _steps(new, experiment.train.steps), list[tuple[int, int]]()
-    before = _trained(new)
+    earlier, counted = _spent(new, experiment.train.steps), list[tuple[int, int]]()
     method = experiment.build_method()
     shards = method if isinstance(method, Shards) and not drifted and _as_stored(opened) else None
     if not (out / "results.json").exists():
@@ -49,24 +48,21 @@ def rebuild(run: Path, opened: Opened, out: Path, notify: Notify = lambda event:
             task = replace(task, method=retrained(shards, run, opened, counted))
         notify({"event": "method", "name": task.method.name, "rounds": experiment.rounds})
         train(task, out, notify)
-    done, again = [event for event in new.events() if event["event"] == "round"], _trained(new)
+    spent = _spent(new, experiment.train.steps)
     if shards is None:
-        return Cost(rounds=again, reused=len(done) - again, steps=_steps(new, experiment.train.steps))
+        return spent
     # Steps are counted as they are taken; rounds of an earlier call count as if every shard had been trained.
-    again = len({round_ for round_, _ in counted}) + before
-    return Cost(rounds=again, reused=len(done) - again, steps=earlier + sum(steps for _, steps in counted))
+    again = len({round_ for round_, _ in counted}) + earlier.rounds
+    steps = earlier.steps + sum(steps for _, steps in counted)
+    return Cost(rounds=again, reused=spent.rounds + spent.reused - again, steps=steps)
 
 
-def _trained(run: Run) -> int:
-    """Return in how many rounds of a run something was trained."""
+def _spent(run: Run, each: int) -> Cost:
+    """Return rounds in which a site trained, the others as reused, and local steps, ``each`` a round and site."""
     events = [event for event in run.events() if event["event"] == "round"]
-    return sum(any(entry["seconds"] for entry in event["sites"].values()) for event in events)
-
-
-def _steps(run: Run, each: int) -> int:
-    """Return the local steps of all trainings in a run that were not taken over, ``each`` a round."""
-    events = [event for event in run.events() if event["event"] == "round"]
-    return each * sum(1 for event in events for entry in event["sites"].values() if entry["seconds"] > 0)
+    trained = [sum(entry["seconds"] > 0 for entry in event["sites"].values()) for event in events]
+    rounds = sum(sites > 0 for sites in trained)
+    return Cost(rounds=rounds, reused=len(events) - rounds, steps=each * sum(trained))
 
 
 def _as_stored(opened: Opened) -> bool:
