@@ -23,8 +23,9 @@ settings.register_profile("confrere", deadline=None, suppress_health_check=[Heal
 settings.load_profile("confrere")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begin every test, and what it sets up, with one thread: bits depend on it, and runs leave more."""
     torch.set_num_threads(1)
 
 

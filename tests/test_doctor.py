@@ -410,12 +410,10 @@ def stopped(hospitals: Path, tmp_path_factory: pytest.TempPathFactory, store: Pa
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONFRERE_CACHE", str(store))
-        threads = torch.get_num_threads()
         run_experiment(
             validate({"path": str(hospitals), "controls": ["local"], "backbone": {"name": "test-vit"}, "rounds": 2,
                       "threads": 1, "adapter": {"blocks": 2}, "train": {"steps": 1, "batch_size": 4}}), out,
         )  # fmt: skip
-        torch.set_num_threads(threads)
     return out
 
 
