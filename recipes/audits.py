@@ -5,7 +5,7 @@
     python recipes/audits.py DATA --out results/audits-whole --page docs/results/audits-whole.md --whole
 
 ``--private`` audits a shared adapter that hides every training lesion, at epsilon 8, 4 and 1, and one without noise;
-``--whole`` general and personal adapters at epsilon 8 and 1, and without noise.
+``--whole`` general and personal adapters at epsilon 8, 4 and 1, and without noise, there with ``A`` frozen too.
 
 DATA as for ``recipes/ham10000.py``. One lesion in six is used (chosen by a hash of its name), so that a site is small
 enough to be learnt by heart; with ``--private`` one in three, so that something is learnt at all; with ``--whole`` all,
@@ -68,7 +68,7 @@ PROTOCOLS = {
     ),
     "audits-whole": Protocol(
         ": whole sites, by class, with and without noise",
-        ("fedopal", f"{IN_TURN}8", f"{IN_TURN}1"),
+        ("fedopal", "fedopal:aggregation=ffa", *(f"{IN_TURN}{epsilon}" for epsilon in (8, 4, 1))),
         ("rmia", "lira"),
         1,
         1,

@@ -84,7 +84,9 @@ def test_a_directory_in_use_is_not_taken_for_another_experiment(runs: dict[str, 
     for other in (experiment(hospitals, "fedopal"), experiment(hospitals, "fedit", seed=9)):
         with pytest.raises(RunError, match="experiment changed"):
             run_experiment(other, runs["fedit"])
+    torch.set_num_threads(2)
     run_experiment(experiment(hospitals, "fedit"), runs["fedit"])
+    assert torch.get_num_threads() == 2, "the caller's threads are given back"
     assert (runs["fedit"] / "results.json").read_bytes() == before
 
 

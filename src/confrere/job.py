@@ -36,7 +36,7 @@ from confrere.method import Method, Request
 from confrere.opening import depth_of, load_backbone, open_data
 from confrere.prefix import cache_dir, join, tokens
 from confrere.record.files import as_json, file_digest, read_json, write_bytes, write_json, write_state
-from confrere.record.machine import cores, most_threads
+from confrere.record.machine import cores, most_threads, threads_kept
 from confrere.record.run import Run
 from confrere.tensors import State, Tensors
 from confrere.tokenset import TokenSet
@@ -78,6 +78,7 @@ class Prepared:
         return sorted(site.name for site in self.federation.sites if site.name != self.experiment.hold_out)
 
 
+@threads_kept()
 def run_experiment(
     experiment: Experiment, out: Path, *, notify: Notify = lambda event: None, accept_drift: bool = False
 ) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from confrere.audits.audit import Choice, find, known_audits
 from confrere.audits.tapped import open_run
 from confrere.errors import ConfigError, RunError
 from confrere.record.files import as_json, file_digest, read_json, write_json
+from confrere.record.machine import threads_kept
 from confrere.record.run import Run
 from confrere.record.signing import is_signed, sign
 
 FOLDER = "audits"
 
 
+@threads_kept()
 def audit(
     path: Path,
     *,

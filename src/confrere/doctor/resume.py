@@ -17,6 +17,7 @@ from confrere.fingerprint import differences, trainings
 from confrere.job import threads
 from confrere.record.files import read_json
 from confrere.record.journal import last_round
+from confrere.record.machine import threads_kept
 from confrere.record.run import Run
 
 
@@ -44,10 +45,9 @@ def _in_use(out: Path) -> Iterator[Finding]:
 def _changed(out: Path, experiment: Experiment, federation: Federation) -> Iterator[Finding]:
     """Yield what :func:`confrere.fingerprint.begin` would refuse."""
     found: list[Finding] = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads(experiment, federation))
-    changed = attempt("resume", lambda: differences(out, experiment), found)
-    torch.set_num_threads(before)
+    with threads_kept():
+        torch.set_num_threads(threads(experiment, federation))
+        changed = attempt("resume", lambda: differences(out, experiment), found)
     kept = attempt("resume", lambda: dict(read_json(out / "federation.json")).get("digest", ""), found)
     yield from found
     for one in changed or ():

@@ -26,6 +26,7 @@ from confrere.forgetting.who import Whom
 from confrere.job import Notify, make_site
 from confrere.method import Reply
 from confrere.record.files import file_digest, read_json, write_bytes, write_json
+from confrere.record.machine import threads_kept
 from confrere.record.run import Run
 from confrere.record.store import MemoryStore
 from confrere.tensors import Tensors, digest
@@ -38,6 +39,7 @@ SOLVED = "It equals the head of a run that never had the forgotten, to rounding;
 APPROXIMATE = "Approximate: how near it is to never having had the forgotten is measured, not proven."
 
 
+@threads_kept()
 def forget(
     run: Path,
     who: Whom,

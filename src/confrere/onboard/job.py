@@ -22,12 +22,13 @@ from confrere.onboard.candidates import ALONE, HEAD, SLOT, Fitted, Offer, Recipe
 from confrere.onboard.newcomer import Newcomer, newcomer
 from confrere.prefix import cache_dir, tokens
 from confrere.record.files import write_bytes, write_files, write_json
-from confrere.record.machine import most_threads
+from confrere.record.machine import most_threads, threads_kept
 from confrere.seeds import numpy_generator
 from confrere.tensors import Tensors
 from confrere.tokenset import TokenSet
 
 
+@threads_kept()
 def onboard(
     run: Path, data: Path, *, site: str = "", images: int = 20, steps: int = 50, seed: int = 0, out: Path | None = None
 ) -> dict[str, Any]:

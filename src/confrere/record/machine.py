@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +21,16 @@ def most_threads() -> int:
     """Return how many threads may work at once on one thing: the cores, or ``OMP_NUM_THREADS`` where that is less."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores(), int(asked)) if asked.isdecimal() and int(asked) else cores()
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give PyTorch back at the end as many threads as it had: its caller computes too, and bits depend on threads."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def machine() -> dict[str, Any]:
