@@ -22,7 +22,9 @@ from confrere.record.run import Run
 
 UNIT = "hospital"
 NOT_COVERED = (
-    "training losses, validation scores and failures of single sites, and who took part, in the journal",
+    "losses, validation scores and failures of single sites, and who took part: in journal, report, trackers, watch",
+    "the run directory: digests of single sites' updates, by which a guess can be tried; in one process the updates "
+    "themselves, under secure aggregation their sums: share model and report, not the directory",
     "test metrics of single sites in the results and the report",
     "the number of sites, their classes and their data sheets, which count as known",
     "tuning, comparing settings, and other runs on the same data: each spends anew",
