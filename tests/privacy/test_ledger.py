@@ -259,8 +259,8 @@ def test_patients_are_counted_and_have_to_be_named() -> None:
     one_each = ledger_of(FEDIT, chosen, settings_, replace(data, named=frozenset(data.groups.tolist())), 3, None)
     assert one_each is not None
     assert one_each.mechanism.units == 12
-    with pytest.raises(ConfigError, match="protects nobody"):
-        ledger_of(FEDIT, PrivacyChoice(unit="record", sigma=1.0, delta=0.1), settings_, data, 3, None)
+    with pytest.raises(ConfigError, match="too large for 12 images"):
+        ledger_of(FEDIT, PrivacyChoice(unit="record", sigma=1.0, delta=0.01), settings_, data, 3, None)
 
 
 def test_debits_of_unequal_noise_compose_and_are_bounded() -> None:
