@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, laplace, norm
 from sklearn.metrics import roc_auc_score
 
 from confrere.audits import statistics
@@ -99,20 +99,50 @@ def test_randomised_response_meets_the_bounds_exactly_and_nothing_else_does(epsi
     """With chance delta the answer is given away, else it is right with chance e^eps / (1 + e^eps)."""
     right = math.exp(epsilon) / (1 + math.exp(epsilon))
     true, false = delta + (1 - delta) * right, (1 - delta) * (1 - right)
-    assert statistics.tpr_bound(epsilon, delta, false) == pytest.approx(true)
-    assert statistics.advantage_bound(epsilon, delta) == pytest.approx(true - false)
+    assert statistics.tpr_bound(epsilon, delta, 1, false) == pytest.approx(true)
+    assert statistics.advantage_bound(epsilon, delta, 1) == pytest.approx(true - false)
     corners = np.array([[0, delta], [false, true], [1 - delta, 1], [1, 1]])
     exact = np.trapezoid(corners[:, 1], corners[:, 0])
-    assert exact <= statistics.auc_bound(epsilon, delta) <= exact + 3e-3
+    assert exact <= statistics.auc_bound(epsilon, delta, 1) <= exact + 3e-3
 
 
 def test_no_epsilon_bounds_nothing() -> None:
-    assert statistics.tpr_bound(1e4, 0.0, 1e-9) == 1.0
-    assert statistics.tpr_bound(0.0, 0.0, 0.25) == pytest.approx(0.25)
-    assert statistics.advantage_bound(0.0, 0.0) == 0.0
-    # G26: what epsilon 1 and 2 allow at a false-positive rate of 0.1 %.
-    assert statistics.tpr_bound(1.0, 0.0, 0.001) == pytest.approx(0.00272, abs=1e-5)
-    assert statistics.tpr_bound(2.0, 0.0, 0.001) == pytest.approx(0.00739, abs=1e-5)
+    assert statistics.tpr_bound(1e4, 0.0, 1, 1e-9) == 1.0
+    assert statistics.tpr_bound(0.0, 0.0, 2, 0.25) == pytest.approx(0.25)
+    assert statistics.advantage_bound(0.0, 0.0, 2) == 0.0
+    assert statistics.advantage_bound(1e4, 0.0, 1) == statistics.auc_bound(1e4, 0.0, 2) == 1.0
+    # G26: what epsilon 1 and 2 allow at a false-positive rate of 0.1 %: of coins, and of one in place of another.
+    for steps, found in ((1, (0.00272, 0.00739)), (2, (0.00739, 0.0546))):
+        for epsilon, most in zip((1.0, 2.0), found, strict=True):
+            assert statistics.tpr_bound(epsilon, 0.0, steps, 0.001) == pytest.approx(most, abs=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0])
+def test_one_in_place_of_another_under_laplace_noise_meets_the_bounds_of_two_steps_and_breaks_those_of_one(
+    epsilon: float,
+) -> None:
+    """A sum that one person moves by 1 moves by 2 when someone else takes that place."""
+    thresholds = np.linspace(-20, 20, 40001) / epsilon
+    false, true = (laplace.sf(thresholds, at, 1 / epsilon) for at in (-1, 1))
+    most = np.array([statistics.tpr_bound(epsilon, 0.0, 2, rate) for rate in false[::100]])
+    assert (true[::100] <= most + 1e-12).all()
+    rare = int(np.searchsorted(thresholds, 1.0))
+    assert true[rare] == pytest.approx(statistics.tpr_bound(epsilon, 0.0, 2, false[rare]))
+    assert (true - false).max() == pytest.approx(statistics.advantage_bound(epsilon, 0.0, 2), rel=1e-4)
+    area = -float(np.trapezoid(true, false))
+    assert area <= statistics.auc_bound(epsilon, 0.0, 2)
+    assert area > statistics.auc_bound(epsilon, 0.0, 1)
+    assert (true - false).max() > statistics.advantage_bound(epsilon, 0.0, 1)
+
+
+@settings(max_examples=30)
+@given(st.floats(0.01, 5), st.floats(0, 0.05))
+def test_two_steps_gain_most_where_it_is_said(epsilon: float, delta: float) -> None:
+    rates = np.linspace(0, 1, 101)
+    gains = [statistics.tpr_bound(epsilon, delta, 2, rate) - rate for rate in rates]
+    best = statistics.advantage_bound(epsilon, delta, 2)
+    assert best == pytest.approx(1 - math.exp(-epsilon) * (1 - 2 * delta))
+    assert max(gains) <= best + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -114,26 +114,36 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return centre - half / (1 + square), centre + half / (1 + square)
 
 
-def tpr_bound(epsilon: float, delta: float, fpr: float) -> float:
-    """Return the most true positives that (epsilon, delta) allows at a false-positive rate (Kairouz et al., 2015).
+def tpr_bound(epsilon: float, delta: float, steps: int, fpr: float) -> float:
+    """Return the most true positives that (epsilon, delta) allows at a false-positive rate, so many ``steps`` apart.
 
-    ``min(e^eps FPR + delta, 1 - e^-eps (1 - delta - FPR))``.
+    ``min(e^eps FPR + delta, 1 - e^-eps (1 - delta - FPR))`` for neighbours (Kairouz et al., 2015), and the same of that
+    for data two steps apart (Dong, Roth and Su, 2022, group privacy).
     """
-    if epsilon > 700:
-        return 1.0
-    first, second = math.exp(epsilon) * fpr + delta, 1 - math.exp(-epsilon) * (1 - delta - fpr)
-    return max(0.0, min(1.0, first, second))
+    return float(_most(epsilon, delta, steps, np.array([fpr]))[0])
 
 
-def auc_bound(epsilon: float, delta: float) -> float:
+def auc_bound(epsilon: float, delta: float, steps: int) -> float:
     """Return the area under :func:`tpr_bound`, in steps of 1/4096, rounded up."""
+    return float(_most(epsilon, delta, steps, np.linspace(0, 1, 4097)[1:]).mean())
+
+
+def advantage_bound(epsilon: float, delta: float, steps: int) -> float:
+    """Return the most ``TPR - FPR`` that (epsilon, delta) allows over one or two ``steps``.
+
+    ``(e^eps - 1 + 2 delta) / (e^eps + 1)``, and ``1 - e^-eps (1 - 2 delta)``: where the last step begins at the
+    corner of :func:`tpr_bound`.
+    """
+    fpr = (1 - delta) / (1 + math.exp(min(epsilon, 700)))
+    for _ in range(steps - 1):
+        fpr = max(0.0, (fpr - delta) * math.exp(-epsilon))
+    return tpr_bound(epsilon, delta, steps, fpr) - fpr
+
+
+def _most(epsilon: float, delta: float, steps: int, rates: Floats) -> Floats:
     if epsilon > 700:
-        return 1.0
-    rates = np.linspace(0, 1, 4097)[1:]
-    most = np.minimum(np.exp(epsilon) * rates + delta, 1 - np.exp(-epsilon) * (1 - delta - rates))
-    return float(most.clip(0, 1).mean())
-
-
-def advantage_bound(epsilon: float, delta: float) -> float:
-    """Return the most ``TPR - FPR`` that (epsilon, delta) allows: ``(e^eps - 1 + 2 delta) / (e^eps + 1)``."""
-    return min(1.0, math.tanh(epsilon / 2) + 2 * delta / (1 + math.exp(min(epsilon, 700))))
+        return np.ones_like(rates)
+    for _ in range(steps):
+        more = np.minimum(math.exp(epsilon) * rates + delta, 1 - math.exp(-epsilon) * (1 - delta - rates))
+        rates = more.clip(0, 1)
+    return rates

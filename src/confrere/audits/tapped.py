@@ -42,7 +42,8 @@ Splits = Mapping[str, np.ndarray]
 class Guarantee:
     """Differential privacy of one patient, or image, more or less; ``unit``: ``hospital``, ``record`` or ``patient``.
 
-    Where whole hospitals are hidden, a patient more or less *replaces* a hospital's update by another one.
+    Where whole hospitals are hidden, a patient for another *replaces* a hospital's update by another one, whose epsilon
+    and delta these are.
     """
 
     unit: str
@@ -53,12 +54,16 @@ class Guarantee:
         """Return whether ``model`` is behind the noise: a site's answer if the site made it; its own model never."""
         return model == "general" or (model == "update" and self.unit != UNIT)
 
-    def of_patient(self, images: int) -> tuple[float, float]:
-        """Return epsilon and delta for a patient of so many images: group privacy, where the unit is an image."""
-        k = images if "record" in self.unit else 1
+    def of_patient(self, images: int) -> tuple[float, float, int]:
+        """Return epsilon and delta of a patient of so many images, and how many such steps part members from others.
+
+        Group privacy, where the unit is an image. Where splits have fixed sizes a patient is a member *in place of*
+        another: two steps, one patient less and one more; to replace a hospital's update is one.
+        """
+        k, steps = images if "record" in self.unit else 1, 1 if self.unit == UNIT else 2
         if self.epsilon * k > 700:
-            return self.epsilon * k, 1.0
-        return self.epsilon * k, min(1.0, k * float(np.exp((k - 1) * self.epsilon)) * self.delta)
+            return self.epsilon * k, 1.0, steps
+        return self.epsilon * k, min(1.0, k * float(np.exp((k - 1) * self.epsilon)) * self.delta), steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,7 @@ class AuditedRun:
     def guarantee(self) -> Guarantee | None:
         """Return what the run's noise promises a patient; None without noise, or if it can be taken off.
 
-        Epsilon of a hospital added or removed is that of sums which move by the clip S; a patient in or out moves them
+        Epsilon of a hospital added or removed is that of sums which move by the clip S; another patient moves them
         by up to 2 S, the difference of two updates: half as much noise counts.
         """
         said = self.results.get("privacy") or self._said()
