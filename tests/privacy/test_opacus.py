@@ -112,7 +112,7 @@ def test_epsilon_is_that_of_opacus_by_privacy_loss(sigma: float, rate: float, st
 @pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")  # of how far Opacus looks, not of its epsilon
 @pytest.mark.slow
 def test_epsilon_that_runs_print_is_that_of_opacus_by_privacy_loss() -> None:
-    """G22, on 24 plans: dp-accounting's PLD, which runs print, beside Opacus' PRV and the error that this is asked for."""
+    """G22, on 24 plans: dp-accounting's PLD, which runs print, beside Opacus' PRV and the error it is asked for."""
     from opacus.accountants import PRVAccountant
 
     beyond, plans = [], list(itertools.product((0.8, 1.5, 4.0), (0.02, 0.1, 0.3, 0.6), (30, 200)))
