@@ -140,7 +140,7 @@ class PrivacyChoice(Part):
     ``unit``: a whole ``site``, where the method makes the noise (without one this table says nothing); or, within every
     site, each training image (``record``) or all images of each ``patient``, by noisy local steps. ``epsilon``: no
     round begins that would exceed it; 0 never. A site's is counted without amplification. ``delta``: has to be given,
-    well below one over the number of units.
+    at most a tenth over the number of units.
 
     The others are of noisy steps. ``sigma``: noise in units of ``clip``; 0 takes the least that ``epsilon`` allows for
     all rounds. ``clip``: largest norm of what a unit adds to a step's gradient, of all trained tensors together.

@@ -126,7 +126,7 @@ def doctor(
 def epsilon(
     sigma: Annotated[float, typer.Option(help="noise, in units of the clip", min=0)],
     rounds: Annotated[int, typer.Option(help="releases; one that is done again counts again", min=1)],
-    delta: Annotated[float, typer.Option(help="well below one over the number of units")],
+    delta: Annotated[float, typer.Option(help="at most 0.1 over the number of units")],
     parameters: Annotated[int, typer.Option(help="numbers that a hospital sends a round", min=0)],
     sites: Annotated[int, typer.Option(help="hospitals, for --unit site", min=0)] = 0,
     unit: Annotated[str, typer.Option(help="what is hidden: site, record or patient")] = "site",

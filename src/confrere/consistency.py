@@ -111,7 +111,7 @@ def _check_privacy(experiment: Experiment, method: Method) -> None:
         "gate.norm": (not gate.norm, "0", f"it compares sites with each other; {size}"),
         "gate.factor": (not gate.factor, "0", f"it compares sites with each other; {size}"),
         "selection.patience": (not choice.patience, "0", "to stop by validation images is one more release"),
-        "privacy.delta": (experiment.privacy.delta > 0, "1e-3, well below 1/sites", "an epsilon needs one"),
+        "privacy.delta": (experiment.privacy.delta > 0, "1e-3, at most 0.1/sites", "an epsilon needs one"),
         "secure.aggregation": (
             not (experiment.secure.aggregation and poisson),
             "false, or federation.sampling=fixed",
@@ -144,7 +144,7 @@ def _check_units(experiment: Experiment, method: Method) -> None:
         "task": (single, "classification, segmentation or survival with logistic-hazard", "its loss may join images"),
         "backbone.name": (experiment.backbone.name != "mlp", "dinov2-small-imgfocus, with images", own),
         "selection.patience": (not experiment.selection.patience, "0", "to stop by validation images is a release"),
-        "privacy.delta": (chosen.delta > 0, "1e-5, well below one over the images of a site", "it needs one"),
+        "privacy.delta": (chosen.delta > 0, "1e-5, at most 0.1 over the images of a site", "it needs one"),
         "privacy.epsilon": (bool(chosen.epsilon or chosen.sigma), "8, or set privacy.sigma", "there is no noise"),
     }
     _refuse(wanted, method)

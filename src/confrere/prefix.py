@@ -93,6 +93,7 @@ def tokens(
             split=site.split,
             classes=classes,
             truth=site.targets,
+            named=site.named,
             keys=keys_of(site.groups, site.digests),
         )
     every, train = np.arange(len(site.labels)), np.flatnonzero(site.split == 0)

@@ -30,7 +30,7 @@ class TokenSet:
             0 train, 1 val, 2 test.
         truth: what a model learns where that is not the label: masks uint8 (N, H, W); or float32: boxes (N, most, 5),
             findings (N, K), or time and event (N, 2).
-        named: whether patients are; if not, every image counts as a patient.
+        named: the ``groups`` that are one patient, named; see :class:`confrere.data.images.SiteImages`.
         keys: uint64 (N,), the same for all images of a patient, and whoever else is there; see :func:`keys_of`.
     """
 
@@ -41,7 +41,7 @@ class TokenSet:
     classes: tuple[str, ...]
     views: tuple[Array, ...] = ()
     truth: Array | None = None
-    named: bool = False
+    named: frozenset[int] = frozenset()
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
     def rows(self, split: str) -> np.ndarray:

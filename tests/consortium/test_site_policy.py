@@ -79,6 +79,13 @@ def test_every_rule_refuses_with_its_own_code() -> None:
     twice |= {"controls": ("ffa-lora", "local")}  # the first spends as much again
     assert refusal(Policy(differential_privacy=True, most_epsilon=15.9), experiment(**twice)) == "policy-privacy"
     check(Policy(differential_privacy=True, most_epsilon=16.0), experiment(**twice), examples=100)
+    loose = {**twice, "privacy": {**twice["privacy"], "delta": 1e-3}}
+    with pytest.raises(PolicyError, match=r"privacy\.delta=5e-05 or less for each of 2 trainings") as caught:
+        check(Policy(differential_privacy=True), experiment(**loose), examples=100)
+    assert (caught.value.code, caught.value.where) == ("policy-privacy", "policy: most_delta")
+    check(Policy(differential_privacy=True, most_delta=2e-3), experiment(**loose), examples=100)
+    assert refusal(Policy(most_epsilon_ever=99.0, most_epsilon=99.0), experiment(**loose)) == "policy-privacy"
+    check(Policy(most_epsilon_ever=99.0), experiment(**loose), examples=100)  # most_delta_ever counts
     hidden = experiment(secure={"aggregation": True}, gate={"norm": 0.0, "factor": 0.0})
     silent = experiment("local", controls=())
     for asked in (hidden, silent):

@@ -901,6 +901,7 @@ def test_files_of_one_patient_are_in_one_split(tmp_path):
     ]
     assert found[0].digest == found[1].digest  # the salt, which is new each time, decides nothing
     for site in found[0].sites:
+        assert np.isin(site.groups, list(site.named)).sum() == 10  # all but the two without a number
         assert sorted(np.bincount(np.unique(site.groups, return_inverse=True)[1]).tolist()) == [1, 1, 2, 2, 2, 2, 2]
         for group in np.unique(site.groups):
             assert len(set(site.split[site.groups == group].tolist())) == 1

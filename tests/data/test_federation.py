@@ -46,10 +46,40 @@ def test_a_folder_becomes_sites_in_the_order_of_hashes(root, cache):
     json.dumps(federation.sheet)
 
 
-def test_a_site_says_whether_its_patients_are_named(root, cache):
+def known(site):
+    return np.isin(site.groups, list(site.named))
+
+
+def test_a_site_says_of_which_images_the_patient_is_named(root, cache):
+    first, *_ = sorted((root / "a").rglob("*.png"))
+    first.rename(first.with_name("unnamed.png"))
     for path in sorted((root / "b").rglob("*.png")):
         path.rename(path.with_name(path.name.replace("__", "-")))
-    assert [site.named for site in load(root, cache).sites] == [True, False]
+    a, b = load(root, cache).sites
+    assert known(a).sum() == 23
+    assert not b.named
+
+
+def test_patients_who_share_a_file_are_not_known_apart_at_that_site(root, cache):
+    """Two names of one file are one group, which stands for both; at another site it has one name."""
+    files = sorted((root / "a").rglob("*.png"))
+    mine = files[0].name.partition("__")[0]
+    other = next(path for path in files if path.name.partition("__")[0] != mine and path.parent == files[0].parent)
+    shutil.copy(files[0], other.with_name(f"{other.name.partition('__')[0]}__copy.png"))
+    shutil.copy(files[0], root / "b" / files[0].parent.name / "stranger__1.png")
+    a, b = load(root, cache).sites
+    assert (~known(a)).sum() == 4  # of two patients with two images each
+    assert known(b).all()
+
+
+def test_a_table_names_the_patient_of_each_image(root, tmp_path):
+    lines = ["path,site,label,patient"]
+    for number, path in enumerate(sorted((root / "a").rglob("*.png"))):
+        lines.append(f"{path.relative_to(tmp_path)},north,{path.parent.name},{'' if number < 3 else number // 2}")
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(lines))
+    (site,) = load(table, tmp_path / "cache").sites
+    assert (~known(site)).sum() == 3
 
 
 def test_renaming_files_changes_nothing(root, cache, tmp_path):

@@ -418,7 +418,7 @@ def test_diagnostics_see_what_was_merged(name: str) -> None:
     for round_ in (1, 2):
         before, replies = server, one_round(method, server, sites, round_)
         server = method.aggregate(server, replies)
-    found = round_diagnostics(before["shared"], server["shared"], replies, {})
+    found = round_diagnostics(before["shared"], server["shared"], replies, {}, {})
     exact = name in ("fedex-lora", "flora")
     assert (found["aggregation_error"] < 1e-4) == exact  # type: ignore[operator]
     assert (found["similarity"] is None) == (name == "flora")  # the server has no adapter to compare with

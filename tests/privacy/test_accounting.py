@@ -13,6 +13,7 @@ import sys
 from confrere.errors import ConfigError, MissingExtraError
 from confrere.privacy import (
     calibrate_sigma,
+    check_delta,
     epsilon,
     noise_ratio,
     noise_verdict,
@@ -188,6 +189,18 @@ def test_without_dp_accounting_the_extra_is_named(monkeypatch):
     _epsilon.cache_clear()
     with pytest.raises(MissingExtraError, match="dp-accounting"):
         epsilon(2.0, rounds=3, delta=0.1, accountant="rdp")
+
+
+def test_delta_is_at_most_a_tenth_over_the_units() -> None:
+    check_delta(1e-3, 100)
+    check_delta(1e-2, 10)
+    with pytest.raises(ConfigError, match="too large for 100 hospitals") as raised:
+        check_delta(1.1e-3, 100)
+    assert (raised.value.code, raised.value.where, raised.value.fix) == (
+        "privacy",
+        "privacy.delta",
+        "use 0.001 or less",
+    )
 
 
 def test_hopeless_noise_is_told_at_once_and_bounds_what_sampling_could_save() -> None:

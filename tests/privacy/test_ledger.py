@@ -276,18 +276,23 @@ def test_patients_are_counted_and_have_to_be_named() -> None:
     data = tiny_data(backbone_of(FEDIT), "a")
     chosen = PrivacyChoice(unit="patient", sigma=1.0, delta=1e-3, images=3)
     settings_ = TrainSettings(batch_size=16)
-    with pytest.raises(ConfigError, match="is named") as raised:
-        ledger_of(FEDIT, chosen, settings_, data, 3, None)
-    assert raised.value.code == "privacy"
-    book = ledger_of(FEDIT, chosen, settings_, replace(data, groups=np.arange(24) // 2), 3, None)
+    pairs, rows = np.arange(24) // 2, data.rows("train")
+    everybody = frozenset(range(12))
+    but_one = everybody - {int(pairs[rows[0]])}
+    for named, said in ((frozenset(), "whose 12 of 12 training images"), (but_one, "whose 2 of 12 training images")):
+        with pytest.raises(ConfigError, match=said) as raised:
+            ledger_of(FEDIT, chosen, settings_, replace(data, groups=pairs, named=named), 3, None)
+        assert (raised.value.code, raised.value.where) == ("privacy", "privacy.unit")
+    trained = frozenset(pairs[rows].tolist())  # who is tested on need not be named
+    book = ledger_of(FEDIT, chosen, settings_, replace(data, groups=pairs, named=trained), 3, None)
     assert book is not None
     own = book.mechanism
     assert (own.unit, own.units, own.rate, own.images, own.expected) == ("patient", 6, 1.0, 3, 6.0)
-    one_each = ledger_of(FEDIT, chosen, settings_, replace(data, named=True), 3, None)
+    one_each = ledger_of(FEDIT, chosen, settings_, replace(data, named=frozenset(data.groups.tolist())), 3, None)
     assert one_each is not None
     assert one_each.mechanism.units == 12
-    with pytest.raises(ConfigError, match="protects nobody"):
-        ledger_of(FEDIT, PrivacyChoice(unit="record", sigma=1.0, delta=0.1), settings_, data, 3, None)
+    with pytest.raises(ConfigError, match="too large for 12 images"):
+        ledger_of(FEDIT, PrivacyChoice(unit="record", sigma=1.0, delta=0.01), settings_, data, 3, None)
 
 
 def test_debits_of_unequal_noise_compose_and_are_bounded() -> None:

@@ -23,7 +23,7 @@ from confrere.cli import app
 from confrere.config import validate
 from confrere.data.synthetic import make_microscopy
 from confrere.errors import ConfigError, MissingExtraError, RunError
-from confrere.federation.budget import Budget, budget_of, debits_of
+from confrere.federation.budget import NOT_COVERED, Budget, budget_of, debits_of
 from confrere.federation.gate import Gate
 from confrere.federation.loop import federate
 from confrere.federation.sampling import sample
@@ -38,7 +38,9 @@ from confrere.privacy import epsilon
 from confrere.privacy.accounting import _epsilon
 from confrere.record.files import read_json
 from confrere.record.run import Run
+from confrere.report.progress import sections
 from confrere.tensors import State, digest
+from confrere.track import scalars
 from confrere.verify import verify
 
 SEEDED = make("dpfed", {"noise_seed": 1, "sigma": 0.01, "cohort": 2.0, "post": 0.0})
@@ -184,6 +186,20 @@ def test_a_budget_that_was_spent_before_any_round_was_committed(tmp_path: Path) 
         go(replace(SEEDED, sigma=4.0), tmp_path, budget=book)
     assert raised.value.code == "privacy"
     assert len(debits_of(run)) == 1
+
+
+def test_numbers_of_updates_without_the_noise_are_shown_nowhere(tmp_path: Path) -> None:
+    """Cosines of two hospitals' updates, or what their mean was before the noise, are covered by no epsilon."""
+    for name, method in (("hidden", SEEDED), ("plain", make("fedit"))):
+        _, run = go(method, tmp_path / name, rounds=2)
+        events = run.events()
+        shown = [e["diagnostics"][key] for e in of(run, "round") for key in ("similarity", "aggregation_error")]
+        assert len(shown) == 4
+        summary, tags = sections(events, {}), {tag for e in events if e["event"] == "round" for tag, _ in scalars(e)}
+        found = bool(summary["similarity"]), bool(summary["aggregation_error"]), "aggregation_error" in tags
+        assert found == (name == "plain",) * 3
+        assert any(value is not None for value in shown) == (name == "plain")
+    assert any("run directory" in part and "digests" in part for part in NOT_COVERED)
 
 
 def test_the_gate_refuses_a_change_that_was_not_clipped() -> None:

@@ -234,12 +234,12 @@ def test_between_hospitals_nobody_may_seed_the_noise() -> None:
 
 
 def test_the_command_says_what_a_level_costs_and_when_it_is_out_of_reach() -> None:
-    given = ["epsilon", "--unit", "record", "--rounds", "3", "--steps", "4", "--delta", "1e-4", "--batch", "32"]
+    given = ["epsilon", "--unit", "record", "--rounds", "3", "--steps", "4", "--delta", "1e-5", "--batch", "32"]
     few = CliRunner().invoke(
         app, [*given, "--sigma", "2", "--records", "200", "--parameters", "300000", "--json"], catch_exceptions=False
     )
     found = json.loads(few.stdout)
-    assert found["epsilon"] == pytest.approx(epsilon(2.0, rounds=12, delta=1e-4, rate=0.16))
+    assert found["epsilon"] == pytest.approx(epsilon(2.0, rounds=12, delta=1e-5, rate=0.16))
     assert "out of reach" in found["verdict"]
     many = CliRunner().invoke(app, [*given, "--sigma", "1", "--records", "9000", "--parameters", "500"])
     assert "That can work" in many.stdout
@@ -251,6 +251,6 @@ def test_the_command_says_what_a_level_costs_and_when_it_is_out_of_reach() -> No
 
 @pytest.mark.slow
 def test_the_command_finds_the_noise_for_a_level() -> None:
-    given = ["epsilon", "--unit", "record", "--rounds", "3", "--steps", "4", "--delta", "1e-4", "--batch", "32"]
+    given = ["epsilon", "--unit", "record", "--rounds", "3", "--steps", "4", "--delta", "1e-5", "--batch", "32"]
     aimed = [*given, "--sigma", "0", "--target", "3", "--records", "900", "--parameters", "9000"]
     assert "For epsilon 3: sigma" in CliRunner().invoke(app, aimed).stdout

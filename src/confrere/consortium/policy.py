@@ -8,11 +8,14 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from confrere.backbones import REGISTRY
-from confrere.choices import Part
+from confrere.choices import Part, PrivacyChoice
 from confrere.config import Experiment
 from confrere.consortium import forms
 from confrere.errors import ConfigError, PolicyError, nearest
 from confrere.method import METHODS, Method, Request, make
+
+ROUNDING = 1e-9
+"""Of a limit: so far a sum of floats may exceed it."""
 
 TEMPLATE = """\
 # What this site lets happen with its data. The site reads this file before anything is trained and refuses what it
@@ -39,9 +42,10 @@ least_examples = 20
 secure_aggregation = false
 
 # Only take part where this site hides its images or patients by noise of its own (privacy.unit, docs/privacy.md), with
-# a budget of at most so much epsilon (0: any). Refusal: policy-privacy.
+# a budget of at most so much epsilon (0: any) and delta. Refusal: policy-privacy.
 differential_privacy = false
 most_epsilon = 0.0
+most_delta = 1e-4
 
 # Most epsilon over all experiments together that this site ever takes part in with one state folder; deltas add up,
 # too. Then every experiment needs a budget, and one whose budget is not left is refused before its data are read.
@@ -68,7 +72,8 @@ class Policy(Part):
         backbones: name -> SHA-256 (hex) of the weights; None for every registered one.
         groups: what may leave, see :attr:`confrere.method.Method.sends`.
         most_rounds: of one experiment. least_examples: training images of this site.
-        secure_aggregation, differential_privacy: whether it is required. most_epsilon: largest budget then, 0 for any.
+        secure_aggregation, differential_privacy: whether it is required.
+        most_epsilon, most_delta: largest budget of one experiment then; 0 for any epsilon.
         most_epsilon_ever, most_delta_ever: over all experiments, see :mod:`confrere.consortium.spent`; 0 for any.
         test_scores: whether scores on this site's test split may be sent.
     """
@@ -81,6 +86,7 @@ class Policy(Part):
     secure_aggregation: bool = False
     differential_privacy: bool = False
     most_epsilon: float = Field(default=0.0, ge=0)
+    most_delta: float = Field(default=1e-4, gt=0, lt=1)
     most_epsilon_ever: float = Field(default=0.0, ge=0)
     most_delta_ever: float = Field(default=1e-4, gt=0, lt=1)
     test_scores: bool = True
@@ -136,18 +142,7 @@ def check(policy: Policy, experiment: Experiment, *, examples: int | None) -> No
     if policy.secure_aggregation and not experiment.secure.aggregation and any(method.sends for method in methods):
         what, fix = "the coordinator could read what the site sends", "set secure.aggregation=true, see docs/secure.md"
         raise refusal(what, "secure_aggregation", code="policy-secure", fix=fix)
-    if (policy.differential_privacy or policy.most_epsilon_ever) and any(method.sends for method in methods):
-        chosen, most = experiment.privacy, policy.most_epsilon or float("inf")
-        sending = sum(1 for method in methods if method.sends)  # each spends the whole epsilon; they add up
-        if chosen.unit not in ("record", "patient") or not 0 < chosen.epsilon * sending <= most:
-            what, fix = (
-                "the site takes part only where its own noise hides images",
-                "set privacy.unit and privacy.epsilon",
-            )
-            fix += f", at most {most / sending:g}" if policy.most_epsilon else ""
-            fix += f" for each of {sending} trainings" if policy.most_epsilon and sending > 1 else ""
-            key = "differential_privacy" if policy.differential_privacy else "most_epsilon_ever"
-            raise refusal(what, key, code="policy-privacy", fix=fix)
+    _check_privacy(policy, experiment.privacy, sum(1 for method in methods if method.sends))
 
 
 def check_request(policy: Policy, request: Request) -> None:
@@ -191,6 +186,24 @@ def _check_rounds(policy: Policy, rounds: int) -> None:
     if rounds > policy.most_rounds:
         what = f"{rounds} rounds; the site allows {policy.most_rounds}"
         raise refusal(what, "most_rounds", code="policy-rounds", fix=f"set rounds={policy.most_rounds} or less")
+
+
+def _check_privacy(policy: Policy, chosen: PrivacyChoice, sending: int) -> None:
+    """Refuse noise and budgets that are not enough; each of so many ``sending`` trainings spends all: they add up."""
+    if not sending or not (policy.differential_privacy or policy.most_epsilon_ever):
+        return
+    most = policy.most_epsilon or float("inf")
+    each = f" for each of {sending} trainings" if sending > 1 else ""
+    if chosen.unit not in ("record", "patient") or not 0 < chosen.epsilon * sending <= most:
+        what, fix = "the site takes part only where its own noise hides images", "set privacy.unit and privacy.epsilon"
+        fix += f", at most {most / sending:g}{each}" if policy.most_epsilon else ""
+        key = "differential_privacy" if policy.differential_privacy else "most_epsilon_ever"
+        raise refusal(what, key, code="policy-privacy", fix=fix)
+    bounded = policy.differential_privacy or policy.most_epsilon  # else it is most_delta_ever that counts
+    if bounded and chosen.delta * sending > policy.most_delta * (1 + ROUNDING):
+        what = f"an epsilon means little at delta {chosen.delta * sending:g}; the site allows {policy.most_delta:g}"
+        fix = f"set privacy.delta={policy.most_delta / sending:.3g} or less{each}"
+        raise refusal(what, "most_delta", code="policy-privacy", fix=fix)
 
 
 def refusal(what: str, key: str, *, code: str, fix: str = "") -> PolicyError:

@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from confrere.config import Experiment
-from confrere.consortium.policy import Policy, refusal
+from confrere.consortium.policy import ROUNDING, Policy, refusal
 from confrere.errors import PolicyError
 from confrere.federation.ledger import entered
 from confrere.fingerprint import trainings
 from confrere.method import make
 from confrere.privacy.spending import spent
-
-ROUNDING = 1e-9
-"""Of a limit: so far a sum of floats may exceed it."""
 
 
 @dataclass(frozen=True)

@@ -212,17 +212,20 @@ def _arrays(registration: Registration, classes: tuple[str, ...]) -> list[SiteIm
     sites = []
     for files in registration.sites:
         digests = tuple(fact.digest for fact in files.entry.facts)
+        groups = [registration.groups[digest] for digest in digests]
         sites.append(
             SiteImages(
                 name=files.name,
                 images=files.entry.images,
                 labels=np.array([index[row.label] for row in files.rows], dtype=np.int64),
-                groups=np.array([registration.groups[digest] for digest in digests], dtype=np.int64),
+                groups=np.array(groups, dtype=np.int64),
                 digests=digests,
                 split=np.zeros(len(digests), dtype=np.int8),
                 targets=files.targets,
                 target_digests=files.target_digests,
-                named=any(row.patient for row in files.rows),
+                named=frozenset(
+                    g for g, d in zip(groups, digests, strict=True) if (files.name, d) in registration.named
+                ),
             )
         )
     return sites

@@ -31,7 +31,8 @@ class SiteImages:
         targets: what a model learns where that is not the label: masks (N, H, W) or (N, X, Y, Z) uint8, index into
             :attr:`Federation.classes`; boxes (N, most, 5) float32, see :mod:`confrere.data.boxes`; findings (N, K)
             float32, 1, 0 or -1 (not known); or time and event (N, 2) float32. ``target_digests``: one a row.
-        named: whether patients are; if not, every image counts as a patient.
+        named: the ``groups`` that are one patient, named. An image without a patient counts as one of its own; patients
+            who share a file are one group.
     """
 
     name: str
@@ -42,7 +43,7 @@ class SiteImages:
     split: NDArray[np.int8]
     targets: View | NDArray[np.float32] | None = None
     target_digests: tuple[str, ...] = ()
-    named: bool = False
+    named: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         check_site_name(self.name)

@@ -23,7 +23,7 @@ from confrere.data.cache import Entry, Fact
 from confrere.data.images import Federation
 from confrere.data.options import DataOptions
 from confrere.data.paths import check_class_name, site_id, slug
-from confrere.data.register import Registration, SiteFiles, number_groups
+from confrere.data.register import Registration, SiteFiles, number_groups, of_one
 from confrere.data.sources import Listing, Problem, Row
 from confrere.data.splits import TRAIN
 from confrere.data.table import EVENTS, SPLITS, TARGETS, collect, read_rows, time_of
@@ -76,10 +76,12 @@ class Numbers:
         for row in sorted(hashes, key=lambda row: hashes[row]):
             by_site[row.site].append(row)
         seen = Counter(p for rows in by_site.values() for p in {row.patient for row in rows if row.patient})
+        groups = number_groups(hashes)
         return Registration(
             sites=tuple(self._site(name, rows, hashes) for name, rows in sorted(by_site.items())),
             problems=(),
-            groups=number_groups(hashes),
+            groups=groups,
+            named=of_one(hashes, groups),
             shared_pictures=0,
             shared_patients=sum(count > 1 for count in seen.values()),
         )

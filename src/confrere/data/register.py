@@ -37,11 +37,12 @@ class SiteFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """All usable files, the unusable ones, and ``groups``: hash -> opaque patient number."""
+    """All usable files, the unusable ones, and ``groups``: hash -> opaque patient number; ``named``: :func:`of_one`."""
 
     sites: tuple[SiteFiles, ...]
     problems: tuple[Problem, ...]
     groups: Mapping[str, int]
+    named: frozenset[tuple[str, str]]
     shared_pictures: int
     shared_patients: int
 
@@ -96,6 +97,7 @@ def register(
         sites=tuple(sites),
         problems=tuple(sorted(found, key=lambda p: (p.site, p.name, p.reason))),
         groups=groups,
+        named=of_one(hashes, groups),
         shared_pictures=_shared({site.name: {f.digest for f in site.entry.facts} for site in sites}),
         shared_patients=_shared({site.name: {r.patient for r in site.rows if r.patient} for site in sites}),
     )
@@ -159,6 +161,18 @@ def number_groups(hashes: Mapping[Row, str]) -> dict[str, int]:
         first.setdefault(root(f"sha:{digest}"), digest)
     number = {node: index for index, node in enumerate(sorted(first, key=lambda node: first[node]))}
     return {digest: number[root(f"sha:{digest}")] for digest in set(hashes.values())}
+
+
+def of_one(hashes: Mapping[Row, str], groups: Mapping[str, int]) -> frozenset[tuple[str, str]]:
+    """Return (site, hash) of the pictures of which a site says whose they are: their number there is one named patient.
+
+    It is several where one file lies there under several patients, of whom each stands for the others' pictures too.
+    """
+    names: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for row, digest in hashes.items():
+        names[row.site, groups[digest]].add(row.patient or "")
+    one = {key for key, found in names.items() if len(found) == 1 and "" not in found}
+    return frozenset((row.site, digest) for row, digest in hashes.items() if (row.site, groups[digest]) in one)
 
 
 def _shared(by_site: Mapping[str, set[str]] | Mapping[str, set[str | None]]) -> int:

@@ -28,7 +28,7 @@ def noise_findings(experiment: Experiment, federation: Federation, backbone: Bac
 
     def plan(site: SiteImages) -> dict[str, Any]:
         rows = site.indices("train")
-        check_named(privacy.unit, site.groups, named=site.named)
+        check_named(privacy.unit, site.groups[rows], site.named)
         return plan_units(
             unit=privacy.unit,
             sigma=privacy.sigma,

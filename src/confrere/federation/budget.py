@@ -22,7 +22,9 @@ from confrere.record.run import Run
 
 UNIT = "hospital"
 NOT_COVERED = (
-    "training losses, validation scores and failures of single sites, and who took part, in the journal",
+    "losses, validation scores and failures of single sites, and who took part: in journal, report, trackers, watch",
+    "the run directory: digests of single sites' updates, by which a guess can be tried; in one process the updates "
+    "themselves, under secure aggregation their sums: share model and report, not the directory",
     "test metrics of single sites in the results and the report",
     "the number of sites, their classes and their data sheets, which count as known",
     "tuning, comparing settings, and other runs on the same data: each spends anew",
@@ -34,7 +36,8 @@ NOT_COVERED_AT_SITES = (
     "who took part, when, how long it took, and failures, in the journal",
     "what a site takes home: its own adapter may be trained without noise, and so tell of training images, and a little"
     " by its metrics on test images, which leave once",
-    "other images of the same patient, where the unit is one image; the same patient at another hospital",
+    "other images of the same patient, and the same image in another file, where the unit is one image",
+    "the same patient by another name, or at another hospital",
     "rounding: noise is added in double precision, which does not stop attacks on the last bits of floats",
     "tuning, comparing settings, controls, and other runs on the same data: each spends anew",
 )

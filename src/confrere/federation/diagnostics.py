@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,15 +111,23 @@ def _flat(tensors: Tensors) -> Tensor:
 
 
 def round_diagnostics(
-    server: Tensors, aggregated: Tensors, replies: Sequence[Reply], after: Mapping[str, object]
+    server: Tensors,
+    aggregated: Tensors,
+    replies: Sequence[Reply],
+    after: Mapping[str, object],
+    noise: Mapping[str, Any],
 ) -> dict[str, object]:
-    """Return everything logged about the geometry of one round; ``after`` is the overlap per site after averaging."""
+    """Return everything logged about the geometry of one round; ``after`` is the overlap per site after averaging.
+
+    Where the server's ``noise`` (:meth:`confrere.method.Method.release`) hides the replies, nothing is made of them
+    without it.
+    """
     before = {r.site: r.metrics["overlap"] for r in replies if r.metrics.get("overlap")}
     return {
         "overlap_before": before or None,
         "overlap_after": {k: v for k, v in after.items() if v} or None,
-        "aggregation_error": aggregation_error(aggregated, replies, before=server),
-        "similarity": site_similarity(server, replies),
+        "aggregation_error": None if noise else aggregation_error(aggregated, replies, before=server),
+        "similarity": None if noise else site_similarity(server, replies),
     }
 
 

@@ -200,14 +200,14 @@ def ledger_of(
         folder: of the site's states; None for memory.
 
     Raises:
-        ConfigError: delta is too large for so many, patients are not named, or no noise meets the budget.
+        ConfigError: delta is too large for so many, nobody knows whose an image is, or no noise meets the budget.
         MissingExtraError: dp-accounting is not installed.
     """
     rows = data.rows("train")
     if not privacy.at_sites or not method.sends or method.pools or not len(rows):
         return None
     units = len(rows) if privacy.unit == "record" else len(np.unique(data.groups[rows]))
-    check_named(privacy.unit, data.groups, named=data.named)
+    check_named(privacy.unit, data.groups[rows], data.named)
     check_delta(privacy.delta, units, "patients" if privacy.unit == "patient" else "images")
     rate = min(1.0, settings.batch_size / units)
     steps = sum(method.noised(settings.steps, r, rounds) or 0 for r in range(1, rounds + 1))
@@ -227,11 +227,21 @@ def ledger_of(
     return Ledger(mechanism=mechanism, delta=privacy.delta, limit=privacy.epsilon, file=file)
 
 
-def check_named(unit: str, groups: np.ndarray, *, named: bool) -> None:
-    """Raise ConfigError where patients shall be hidden and none of a site is known by a name."""
-    if unit == "patient" and not named and len(np.unique(groups)) == len(groups):
-        what = "no patient of this site is named"
-        fix = "name them; or use privacy.unit=record, which then hides as much"
+def check_named(unit: str, groups: np.ndarray, named: frozenset[int]) -> None:
+    """Raise ConfigError where patients shall be hidden and it is not known whose some training images are.
+
+    Args:
+        unit: that is hidden.
+        groups: patient numbers of the training images, (N,).
+        named: the numbers that are one patient, named.
+    """
+    unknown = int(np.isin(groups, list(named), invert=True).sum())
+    if unit == "patient" and unknown:
+        what = (
+            f"it is not known whose {unknown} of {len(groups)} training images are: nobody is named, or one file lies "
+        )
+        what += "there under several patients"
+        fix = "name the one patient of each, or leave them out; or use privacy.unit=record, which hides single images"
         raise ConfigError(what, where="privacy.unit", fix=fix, code="privacy")
 
 

@@ -165,7 +165,7 @@ def one_round(
             "averaged": not missing,
             "sites": {r.site: site_record(came.requests[r.site], r) for r in replies},
             "refused": refused_records(came.answers, requests, replies),
-            "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after),
+            "diagnostics": round_diagnostics(server["shared"], updated["shared"], replies, after, released),
             **came.record,
         }
     )

@@ -30,6 +30,8 @@ Sampling = Literal["poisson", "all", "fixed"]
 Neighbours = Literal["add-remove", "replace-one"]
 Accountant = Literal["pld", "rdp"]
 ORDERS = (*range(2, 65), 72, 80, 96, 128, 192, 256)
+MOST_DELTA = 0.1
+"""Delta times the number of units is at most this."""
 QUIET, LOUD = 1.0, 10.0
 """Ratios of noise to clip: below the first, noise is smaller than one hospital's update; above the second, our own
 trials lost most of what was to be learnt (16: concordance .68 -> .54 to .61; 24: .53 to .57, near chance)."""
@@ -74,10 +76,16 @@ def epsilon(
 
 
 def check_delta(delta: float, units: int, what: str = "hospitals") -> None:
-    """Raise ConfigError where a guarantee may fail for one of so many units; ``what`` they are."""
-    if units < 1 or delta * units >= 1:
-        what = f"delta {delta:g} is one over {units} {what} or more: that protects nobody"
-        raise ConfigError(what, where="privacy.delta", fix="use a much smaller one", code="privacy")
+    """Raise ConfigError where delta is above :data:`MOST_DELTA` over so many units; ``what`` they are.
+
+    A mechanism that tells all of each unit with chance delta, and nothing else, is (0, delta)-private.
+    """
+    if units < 1 or delta * units > MOST_DELTA * (1 + 1e-9):
+        what = (
+            f"delta {delta:g} is too large for {units} {what}: it would let one be told with chance {delta * units:.2g}"
+        )
+        fix = f"use {MOST_DELTA / max(units, 1):.2g} or less"
+        raise ConfigError(what, where="privacy.delta", fix=fix, code="privacy")
 
 
 def finite(value: float) -> float | None:

@@ -32,7 +32,7 @@ def plan(
         sigma: noise in units of the clip, >= 0.
         fraction: chance of a hospital to be drawn in a round, in (0, 1].
         rounds: >= 1.
-        delta: in (0, 1/sites).
+        delta: in (0, 0.1/sites].
         sites: hospitals, >= 1.
         parameters: numbers that a hospital sends a round, >= 0.
         target: epsilon whose sigma is wanted, 0 for none.
@@ -86,7 +86,7 @@ def plan_units(
         records: training images (or patients) of the site, >= 1.
         batch: of which so many are expected in a step, >= 1.
         steps: of the whole run: rounds times local steps.
-        delta: in (0, 1/records).
+        delta: in (0, 0.1/records].
         parameters: numbers that are trained and sent, >= 0.
         target: epsilon whose sigma is wanted, 0 for none.
 
