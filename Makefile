@@ -1,9 +1,10 @@
 # make demo    real pretrained weights on generated microscopy of four hospitals; ends with a report
 # make test    the fast tests
-# make test-all  also the slow ones: real weights, a browser, real servers, the timm zoo
+# make test-all  also the slow ones: real weights, a browser, real servers, the timm zoo, pyCANON
 PYTHON ?= python3
 VENV ?= .venv
 TIMM_VENV ?= .venv-timm
+PYCANON_VENV ?= .venv-pycanon
 # The tested release. On Linux PyPI serves it with CUDA (about 5 GB); for the CPU build:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
@@ -23,8 +24,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed check
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not timm and not servers"
+test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed $(PYCANON_VENV)/.installed check
+	CONFRERE_PYCANON=$(abspath $(PYCANON_VENV)/bin/python) \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not timm and not servers"
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m servers  # a third of their time is waiting
 	$(TIMM_VENV)/bin/python -m pytest -m timm
 
@@ -55,8 +57,14 @@ $(TIMM_VENV)/.installed: pyproject.toml
 	$(TIMM_VENV)/bin/python $(PIP) -e ".[dev,timm]"
 	@touch $@
 
+# What finds k, l and t of our tables anew; its pins contradict ours.
+$(PYCANON_VENV)/.installed:
+	$(PYTHON) -m venv $(PYCANON_VENV)
+	$(PYCANON_VENV)/bin/python $(PIP) pycanon==1.3.6
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TIMM_VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(TIMM_VENV) $(PYCANON_VENV) .mypy_cache .ruff_cache .pytest_cache
 
 # Real data: four hospitals' dermoscopy, all methods, three seeds (an hour or two on two cores; continues if stopped).
 .PHONY: ham10000

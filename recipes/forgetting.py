@@ -140,7 +140,7 @@ def one(args: argparse.Namespace, name: str, who: Whom, runs: list[Path]) -> lis
             out = args.out / name / f"{by}-{seed}"
             out.parent.mkdir(parents=True, exist_ok=True)
             kept = args.out / name / f"{by}-{seed}.json"
-            if not kept.exists():
+            if not (kept.exists() and "attack" in read_json(kept)["judgement"]):  # judged before there was one
                 others = others or retrained(asked, frame, args.out / name / "models", MODELS)
                 before = before or answer(asked, model_of(run, frame))
                 done = out / "forgetting.json"
@@ -161,7 +161,7 @@ def cell(values: list[float]) -> str:
 
 def summary(found: list[dict[str, Any]]) -> list[str]:
     """Return the table of one request: rows are the model before, every way, and the models trained again."""
-    heads = ["model", "test images", "forgotten images", "weights", "membership AUC", "loss, forgotten"]
+    heads = ["model", "test images", "forgotten images", "weights", "AUC by loss", "AUC by LiRA", "loss, forgotten"]
     heads += ["score kept", "steps", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     by = list(dict.fromkeys(one["by"] for one in found))
@@ -170,7 +170,7 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
         which = "before" if name == "before" else "after"
         j = [one["judgement"] for one in those]
         cells = [cell([each["distances"][kind][which]["mean"] for each in j]) for kind in KINDS]
-        cells += [cell([each["membership"][which]["value"] for each in j])]
+        cells += [cell([each[key][which]["value"] for each in j]) for key in ("membership", "attack")]
         cells += [cell([each[key][which] for each in j]) for key in ("loss", "score")]
         cost = [one["cost"] for one in those]
         steps = "" if name == "before" else f"{np.mean([c['steps'] for c in cost]):.0f}"
@@ -179,7 +179,7 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
     one = found[0]
     j = one["judgement"]
     cells = [span(j["distances"][kind]["retrained"]) for kind in KINDS]
-    cells += [span(j[key]["retrained"]) for key in ("membership", "loss", "score")]
+    cells += [span(j[key]["retrained"]) for key in ("membership", "attack", "loss", "score")]
     cells += [str(one["retraining"]["steps"]), f"{one['again']:.0f}"]
     lines.append("| " + " | ".join([f"{j['retrained']} trained again", *cells]) + " |")
     return lines

@@ -22,7 +22,7 @@ from ham10000 import prepare
 from property_digits import auc, interval
 
 from confrere.audits.audit import Choice
-from confrere.audits.property import posterior
+from confrere.audits.property import least_squares, posterior, ridge
 from confrere.audits.property_inference import Inferred, infer, skill
 from confrere.audits.property_shadows import Property
 from confrere.audits.tapped import open_run
@@ -102,8 +102,8 @@ def summary(found: Inferred) -> dict[str, Any]:
     return {
         "AUC": auc(many, found.estimate.mean),
         "AUC, control": float(np.mean([auc(many, one) for one in mixed])),
-        "AUC, ridge": auc(many, found.ridge),
-        "AUC, least squares": auc(many, found.least_squares),
+        "AUC, ridge": auc(many, ridge(found.system)),
+        "AUC, least squares": auc(many, least_squares(found.system)),
         "skill": skill(found.estimate.mean, found.truth, found.guess),
         "skill, control": float(np.mean([skill(one, found.truth, found.guess) for one in mixed])),
         "AUC, level of scores trusted": auc(many, level.mean),

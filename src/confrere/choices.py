@@ -158,6 +158,11 @@ class PrivacyChoice(Part):
     noise_seed: int = Field(default=0, ge=0, lt=2**31)
     centred: bool = True
 
+    @property
+    def at_sites(self) -> bool:
+        """Return whether sites hide images or patients by noise of their own."""
+        return self.unit in ("record", "patient")
+
 
 class AttackChoice(Part):
     """A simulated adversary, for research: ``sites`` send what the attack ``name`` makes of their updates.

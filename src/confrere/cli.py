@@ -31,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hospitals fine-tune one frozen vision model together; each learns whether joining paid.",
     epilog="Exit codes: 0 done, 2 wrong option or experiment, 3 data, 4 backbone, 5 run directory or no site "
-    "answered, 8 missing package, 9 certificate, key or network, 10 a site's policy, 130 interrupted (resume "
-    "continues).",
+    "answered, 8 missing package, 9 certificate, key or network, 10 a site's policy, 11 an audit above its "
+    "bound, 130 interrupted (resume continues).",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Check or fetch data; nothing is trained.")
 app.add_typer(data_app, name="data")

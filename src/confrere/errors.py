@@ -9,7 +9,8 @@ ConfrereError            exit code 1   anything below
 ├── TrainingError        7   local training diverged
 ├── MissingExtraError    8   an optional package is not installed
 ├── NetworkError         9   a certificate, key, port or clock is wrong, or the other side cannot be reached
-└── PolicyError         10   a site's own policy forbids what is asked
+├── PolicyError         10   a site's own policy forbids what is asked
+└── GuaranteeError      11   an attack is stronger than the run's differential privacy allows
 
 Each says what is wrong, where, and how to mend it; none quotes a file's contents or a patient identifier.
 """
@@ -100,6 +101,13 @@ class PolicyError(ConfrereError):
     """A site's own policy forbids what is asked; nothing leaves the site."""
 
     exit_code = 10
+
+
+class GuaranteeError(ConfrereError):
+    """An attack is stronger than the run's differential privacy allows: it, or its implementation, is wrong."""
+
+    exit_code = 11
+    code = "above-bound"
 
 
 def printable(text: str, keep: str = "") -> str:

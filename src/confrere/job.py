@@ -282,6 +282,7 @@ def make_site(task: Prepared, name: str, run: Run) -> Site:
         weight=float(len(data.rows("train"))) if experiment.federation.weights == "images" else 1.0,
         val_limit=experiment.selection.images or None,
         ledger=ledger_of(task.method, experiment.privacy, settings, data, experiment.rounds, store.folder),
+        hides=experiment.privacy if experiment.privacy.at_sites and not task.method.pools else None,
     )
 
 

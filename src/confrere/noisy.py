@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,16 +61,16 @@ class NoisyLearner(Learner):
         adds would not be its own gradient alone. Where ``mechanism.centred``, the head is trained on features less
         their noisy mean; as long as that is too noisy, the first of ``steps`` goes there (:mod:`confrere.centre`).
 
-        ``released=False`` trains without noise, as the base does, what neither leaves nor ever touches what will.
+        ``released=False`` trains without noise, as the base does, what neither leaves nor ever touches what will. Where
+        that diverges it stays as it was: a failure would leave, and tell of images.
 
         Raises:
             TrainingError: another loss, a correction or a mean gradient would use images without noise; more steps
                 than were debited; or the tensors are not finite.
         """
         if not released:
-            fitted = super().fit(params, train=train, penalty=penalty, loss=loss, steps=steps, capture=capture, tag=tag)
-            del self.metrics["loss"]
-            return fitted
+            fit = partial(super().fit, params, train=train, penalty=penalty, loss=loss, steps=steps, capture=capture)
+            return self._apart(partial(fit, tag=tag), params)
         if loss is not None or correct is not None or mean_gradient is not None or capture:
             raise self._refused("a loss or a correction of its own")
         steps = self.settings.steps if steps is None else steps
@@ -96,6 +98,16 @@ class NoisyLearner(Learner):
             where, fix = f"site {self.site}, round {self.round}", "lower train.lr"
             raise TrainingError("noise has made a tensor infinite", where=where, fix=fix, code="diverged")
         return {n: t.detach().cpu() for n, t in at.leave(leaves).items()}
+
+    def _apart(self, fit: Callable[[], dict[str, Tensor]], params: Tensors) -> dict[str, Tensor]:
+        """Return what ``fit`` makes without noise, which stays here; ``params`` where it diverges."""
+        try:
+            return fit()
+        except TrainingError as error:
+            warnings.warn(f"what this site keeps stays as it was: {error.reason}", RuntimeWarning, stacklevel=3)
+            return {name: value.detach().clone() for name, value in params.items()}
+        finally:
+            self.metrics.pop("loss", None)
 
     def _centre(self, params: Tensors, names: Collection[str], tag: str, steps: int) -> tuple[int, centre.Coordinates]:
         """Return how many of the steps were spent on where features lie, and coordinates for the others."""

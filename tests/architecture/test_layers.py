@@ -34,8 +34,8 @@ ROWS = [
     {"predict_volumes", "predict_boxes"},
     {"job", "track", "demo", "progress"},
     {"compare", "predict", "verify", "doctor"},
-    {"onboard", "ranks", "consortium", "watch", "anonymise", "audits", "forgetting"},
-    {"flower"},
+    {"onboard", "ranks", "consortium", "watch", "anonymise", "audits"},
+    {"flower", "forgetting"},  # which audits judge
     {"console"},
     {"commands"},
     {"cli"},

@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from confrere.audits.audit import AUDITS, Audit, Choice, Interval, Row, find, known_audits, register
+from confrere.audits.audit import AUDITS, Audit, Choice, Interval, Known, Row, find, known_audits, register
 from confrere.audits.job import audit, check
 from confrere.audits.references import halves
 from confrere.audits.tapped import AuditedRun, open_run
-from confrere.cli import app
+from confrere.cli import app, main
 from confrere.config import validate
 from confrere.data.splits import TEST, TRAIN, VAL
 from confrere.data.synthetic import make_microscopy
-from confrere.errors import ConfigError, RunError
+from confrere.errors import ConfigError, GuaranteeError, RunError
 from confrere.job import run_experiment
 from confrere.record.files import read_json, write_json
 from confrere.report import write_report
@@ -212,6 +212,41 @@ def test_the_command_says_what_it_found(folder: Path, audited: AuditedRun, monke
     assert "Report:" in done.output
     done = CliRunner().invoke(app, ["audit", str(folder / "run"), "--only", "historical", "--json"])
     assert json.loads(done.stdout)[0]["audit"] == "historical"
+
+
+def test_a_strength_above_its_bound_ends_the_command_once_all_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_audits()
+    written: list[Path] = []
+    monkeypatch.setattr("confrere.report.write_report", lambda run: written.append(run) or run / "report.html")
+    for bound, low in ((0.7, 0.6), (0.6, 0.7)):
+
+        def told(run: AuditedRun, choice: Choice, bound: float = bound, low: float = low) -> Audit:
+            found = {"model": "general", "measure": "AUC", "strength": Interval(0.75, low, 0.8), "bound": bound}
+            rows = (Row(subject="all", **found), Row(subject="north", **found))
+            return Audit(name="invented", rows=rows, means="m", control="c")
+
+        monkeypatch.setitem(AUDITS, "invented", Known("Invented", "Is it?", told))
+        for options in ([], ["--json"]):
+            done = CliRunner().invoke(app, ["audit", str(folder / "run"), "--only", "invented", *options])
+            if low <= bound:
+                assert done.exit_code == 0, done.output
+                continue
+            assert isinstance(done.exception, GuaranteeError)
+            assert (done.exception.code, done.exception.exit_code) == ("above-bound", 11)
+            assert "2 strengths" in done.exception.what
+            assert "invented AUC, general at north" in done.exception.what
+            assert json.loads(done.stdout) if options else "above bound" in done.stdout
+    assert len(written) == 4
+    file = folder / "run" / "audits" / "invented.json"
+    assert read_json(file)["rows"][0]["finding"] == "above bound"
+    file.unlink()  # the page of this run has no such audit
+    monkeypatch.setattr("sys.argv", ["confrere", "audit", str(folder / "run"), "--only", "invented"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    file.unlink()
+    assert ended.value.code == 11
 
 
 def test_an_audit_that_does_not_apply_is_left_out_unless_it_was_asked_for(

@@ -14,6 +14,8 @@ from confrere.audits import inversion, inversion_bench
 from confrere.audits import property_inference as audit
 from confrere.audits.audit import Choice, find
 from confrere.audits.property import System, posterior
+from confrere.audits.property_order import ESTIMATES, order, order_rows
+from confrere.audits.property_prolin import prolin
 from confrere.audits.property_shadows import Property, class_share, draw_shadows, flat
 from confrere.audits.tapped import AuditedRun, open_run
 from confrere.config import Experiment, validate
@@ -119,8 +121,11 @@ def test_the_audit_of_a_run_says_what_it_found(plain: AuditedRun, monkeypatch: p
     assert (summary.measure, single.measure) == ("skill", "accuracy")
     assert summary.strength.value <= 1
     assert summary.strength.low is None  # four sites say little
-    assert len(found.rows) == 2 + len(plain.sites)
-    assert all(row.strength.low <= row.strength.high for row in found.rows[2:])
+    orders, sites = found.rows[2:6], found.rows[6:]
+    assert [row.measure for row in orders] == [f"order, {name}" for name in ESTIMATES]
+    assert all(0 <= row.strength.value <= 1 and 0 <= row.control.value <= 1 for row in orders)
+    assert len(sites) == len(plain.sites)
+    assert all(row.strength.low <= row.strength.high for row in sites)
     assert found.costs["models trained"] == 2 * 20 * 3
     cohorts = [tuple(e["sites"]) for e in plain.run.events() if e["event"] == "round"]
     wanted = identifiability(np.array([[float(s in c) for s in plain.sites] for c in cohorts]), plain.sites)
@@ -175,8 +180,8 @@ def inferred(truth: np.ndarray, estimate: np.ndarray) -> audit.Inferred:
     found = replace(posterior(system, 0.5), mean=estimate, low=estimate - 0.05, high=estimate + 0.05)
     mixed = np.full((3, n), 0.3)
     return audit.Inferred(
-        sites=tuple(f"s{i}" for i in range(n)), truth=truth, estimate=found, mixed=mixed, least_squares=truth,
-        ridge=truth, guess=0.3, high=0.9, system=system, accuracy=0.9, judged=20,
+        sites=tuple(f"s{i}" for i in range(n)), truth=truth, estimate=found, mixed=mixed,
+        guess=0.3, high=0.9, system=system, accuracy=0.9, judged=20,
         seen=identifiability(np.eye(n), [f"s{i}" for i in range(n)]),
     )  # fmt: skip
 
@@ -191,6 +196,25 @@ def test_an_exact_estimate_is_found_and_a_mean_guess_is_not() -> None:
     assert near.strength.value == pytest.approx(0.98)
     assert near.strength.high == 1.0
     assert near.finding == "found"
+
+
+def test_estimates_order_sites_by_what_sums_say_and_the_control_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ESTIMATES, "PROLIN", (lambda system, _: prolin(system, steps=3000), 2))  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    taking, truth = (rng.random((24, 6)) < 0.5).astype(float), np.array([0.1, 0.8, 0.2, 0.9, 0.15, 0.7])
+    has, ones = truth > 0.5, np.ones(24)
+    system = System(
+        A=taking, b=taking @ np.where(has, 1.0, -1.0), mean_with=ones, var_with=0.3 * ones, mean_without=-ones,
+        var_without=0.3 * ones,
+    )  # fmt: skip
+    rows = {row.measure: row for row in order_rows(system, 0.5, has.astype(float), 0)}
+    assert set(rows) == {f"order, {name}" for name in ESTIMATES}
+    for name, row in rows.items():
+        assert row.strength.value == 1.0, name
+        assert 0.2 < row.control.value < 0.8, name
+    assert order(truth, truth) == 1.0
+    assert order(-truth, truth) == 0.0
+    assert order(np.ones(6), truth) == order(truth, np.ones(6)) == 0.5
 
 
 def test_the_inversion_audit_finds_a_plain_gradients_feature_and_not_a_rounds(

@@ -258,11 +258,12 @@ def test_what_was_trained_without_noise_has_no_epsilon(tmp_path: Path) -> None:
     for sent in (
         job(epsilon=0.0, sigma=1.0),
         validate({"path": "x", "method": "fedit", "controls": ()}),
-    ):  # no budget, no noise
+        validate({"path": "x", "method": "local", "controls": ()}),
+    ):  # no budget, no noise, nothing hidden
         with pytest.raises(PolicyError) as caught:
             check(Policy(most_epsilon_ever=99.0), sent, examples=None)
         assert (caught.value.code, caught.value.where) == ("policy-privacy", "policy: most_epsilon_ever")
-    silent = validate({"path": "x", "method": "local", "controls": ()})
+    silent = validate({"path": "x", "method": "local", "controls": (), "privacy": {"unit": "record"}})
     check_ever(Policy(most_epsilon_ever=1.0), tmp_path / FILE, budgets(silent, C))
 
 

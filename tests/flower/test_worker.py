@@ -201,6 +201,44 @@ def test_what_jobs_spend_is_added_up_and_a_job_beyond_the_limit_is_refused(
     assert "failure" not in small
 
 
+def test_what_a_hiding_site_tells_it_tells_once_and_without_noise_nothing(
+    kits: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("dp_accounting")
+    worker = make_members(kits, images, tmp_path).workers["north"]
+    private = (*PRIVATE, "privacy.epsilon=5", "method.name=fedit", "controls=['local']")
+    header, arrays = request_of(worker, kits, 1, *private)
+    told, plain = worker.answer(job(kits, *private), {})[0]["data"], worker._open.task.federation.digest  # type: ignore[union-attr]
+    again = make_members(kits, images, tmp_path).workers["north"]  # another process
+    assert again.answer(job(kits, *private), {})[0]["data"] == told != plain
+    elsewhere = {"job": "f" * 16}
+    assert again.answer(job(kits, *private, **elsewhere), {})[0]["data"] not in (told, plain)
+
+    alone = {**job(kits, *private, part="local"), "kind": "train", "round": 1, "split": "val", "model": "personalised"}
+    sent, nothing = states.to_arrays({"shared": {}})
+    answer, _ = worker.answer({**alone, **nothing}, sent)
+    assert "failure" not in answer, answer
+    assert "loss" not in answer["metrics"]
+
+    def examine(**changes: Any) -> str:
+        asked = {**header, "kind": "evaluate", "split": "test", **changes}
+        return str(worker.answer(asked, arrays)[0].get("failure", {}).get("code"))
+
+    assert [examine(), examine(), examine(model="general")] == ["None"] * 3
+    assert [examine(round=2), examine(model="general", round=0)] == ["privacy-tested"] * 2
+
+
+def test_numbers_that_could_overflow_are_refused_before_they_are_computed_with(north: Worker, kits: Path) -> None:
+    header, _ = request_of(north, kits)
+    assert north._open is not None
+    params = initial_params(north._open.task.backbone, north._open.task.method, "", classes=2, rank=4, seed=0)
+    state = north._open.task.method.broadcast(north._open.task.method.init_server(params), "north")
+    for value in (3e38, float("nan")):
+        state["shared"]["head.weight"][0, 0] = value
+        asked, arrays = states.ask(Request(kind="train", run="r", round=1, state=state))
+        assert north.answer({**header, **asked}, arrays)[0]["failure"]["code"] == "update-values"
+
+
 def test_a_job_without_noise_is_entered_before_it_trains(
     north: Worker, kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 
 from confrere.adapters import head
 from confrere.adapters.algebra import named, product
+from confrere.forgetting.attack import Sureness
 from confrere.forgetting.judge import Answer, distances, interval, judge, membership
 from confrere.seeds import numpy_generator, torch_generator
 
@@ -36,6 +37,7 @@ def model(seed: int, *, gauge: float = 1.0, far: float = 1.0) -> Answer:
         auc=auc,
         resampled=rng.random(200),
         patients=9,
+        sure=Sureness(phi=rng.normal(0, 1, 8), patients=np.arange(8), inside=np.arange(8) < 4),
         weights={"a": weights},
     )
 
@@ -109,4 +111,5 @@ def test_a_model_like_the_retrained_is_as_close_as_they_are() -> None:
     assert unlike["distances"]["weights"]["after"] == of["before"]
     assert of["before"]["mean"] > 2 * of["retrained"]["mean"]
     assert unlike["distances"]["weights"]["closer"] == 0
+    assert like["attack"]["before"] == unlike["attack"]["after"] != like["attack"]["after"]
     assert like["membership"]["after"]["low"] < like["membership"]["after"]["high"]

@@ -189,5 +189,8 @@ def test_a_judgement_is_complete_and_trains_its_models_once(
     assert times == {p: p.stat().st_mtime_ns for p in models.glob("*/results.json")}
     assert found["judgement"] == again["judgement"]
     assert check(tmp_path / "new" / "certificate.json")["judgement"]["retrained"] == 3
-    assert "3 retrained" in (tmp_path / "new" / "forgetting.md").read_text()
+    assert check(tmp_path / "new" / "certificate.json")["judgement"]["attack"]["after"]["value"] >= 0
+    told = (tmp_path / "new" / "forgetting.md").read_text()
+    assert "3 retrained" in told
+    assert "| membership by LiRA, AUC | 0." in told
     assert read_json(tmp_path / "new" / "forgetting.json")["judgement"]["distances"]["test"]["after"]["mean"] > 0

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from noisy import EVERYBODY
 from tiny_federation import SITES, backbone_of, initial_params, tiny_data, tiny_plan, tiny_sites
 
+from confrere.adapters.names import slot_of
 from confrere.choices import PrivacyChoice
-from confrere.errors import ConfigError, RunError, UpdateRefusedError
+from confrere.errors import ConfigError, RunError, TrainingError, UpdateRefusedError
 from confrere.federation.budget import privacy_said
 from confrere.federation.events import brief
 from confrere.federation.ledger import Ledger, all_spent, ledger_of
@@ -49,6 +50,7 @@ def hiding(method: Method, run: Run, **changes: Any) -> dict[str, Site]:
     sites = tiny_sites(method, stores=stores, steps=2, balance="none")
     for name, site in sites.items():
         site.ledger = ledger(stores[name].folder, **changes)
+        site.hides = PrivacyChoice(unit="record", noise_seed=site.ledger.mechanism.noise_seed)
     return sites
 
 
@@ -98,6 +100,36 @@ def test_an_answer_says_nothing_that_was_made_without_noise(method: Method, tmp_
     steps = 2 if method is FEDIT else 1
     assert (own["unit"], own["steps"], own["debits"], own["delta"]) == ("record", steps, 1, 1e-3)
     assert own["epsilon"] == pytest.approx(epsilon(4.0, rounds=steps, delta=1e-3, rate=0.5))
+
+
+def test_a_training_of_the_same_run_that_sends_nothing_tells_nothing_either(tmp_path: Path) -> None:
+    """Its losses and scores would be read off the images that others' noise hides, and no ledger counts them."""
+    method, stores = make("local"), {name: Run(tmp_path).store(name) for name in SITES}
+    site = tiny_sites(method, stores=stores)["a"]  # type: ignore[arg-type]
+    told = site.handle(asked(method, 1))
+    assert told.metrics["loss"] > 0
+    site.hides = PrivacyChoice(unit="record")
+    hidden = site.handle(asked(method, 2))
+    assert set(hidden.metrics) == {"examples", "overlap", "kept", "stored", "seconds"}
+    assert "salt" in (site.store.before(3) or {})
+    judged = site.handle(Request(kind="evaluate", round=2, state=method.broadcast(start(method), "a")))
+    assert (judged.metrics["score"], judged.metrics["confidence"], judged.metrics["overlap"]) == (None, None, None)
+
+
+def test_no_image_decides_whether_a_hiding_site_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server could send weights that overflow for one image alone."""
+    site = hiding(IN_TURN, Run(tmp_path))["a"]
+    site.data = replace(site.data, split=np.where(site.data.split == 1, 0, site.data.split))  # none to validate with
+    monkeypatch.setattr(Site, "_look", lambda *_: pytest.fail("images were looked at without noise"))
+    monkeypatch.setattr("confrere.learner.Learner.fit", lambda *_, **__: (_ for _ in ()).throw(TrainingError("x")))
+    before = site.params(asked(IN_TURN))
+    with pytest.warns(RuntimeWarning, match="stays as it was: x"):
+        reply = site.handle(asked(IN_TURN))
+    after = site.params(Request(kind="train", round=1, state=asked(IN_TURN).state))
+    assert digest(reply.state) != digest(asked(IN_TURN).state)  # the noisy half went on
+    assert digest({"": {n: t for n, t in after.items() if slot_of(n) == "personal"}}) == digest(
+        {"": {n: t for n, t in before.items() if slot_of(n) == "personal"}}
+    )
 
 
 def test_a_kill_before_the_answer_is_kept_costs_a_second_debit_and_new_noise(

@@ -107,3 +107,20 @@ def test_epsilon_is_that_of_opacus_by_privacy_loss(sigma: float, rate: float, st
     book.history = [(sigma, rate, steps)]
     theirs = book.get_epsilon(1e-5, eps_error=0.005)
     assert epsilon(sigma, rounds=steps, delta=1e-5, rate=rate) == pytest.approx(theirs, abs=0.006)
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")  # of how far Opacus looks, not of its epsilon
+@pytest.mark.slow
+def test_epsilon_that_runs_print_is_that_of_opacus_by_privacy_loss() -> None:
+    """G22, on 24 plans: dp-accounting's PLD, which runs print, beside Opacus' PRV and the error it is asked for."""
+    from opacus.accountants import PRVAccountant
+
+    beyond, plans = [], list(itertools.product((0.8, 1.5, 4.0), (0.02, 0.1, 0.3, 0.6), (30, 200)))
+    for sigma, rate, steps in plans:
+        ours = epsilon(sigma, rounds=steps, delta=1e-5, rate=rate)
+        book, error = PRVAccountant(), min(0.01, max(0.001, ours / 1000))
+        book.history = [(sigma, rate, steps)]
+        theirs = book.get_epsilon(1e-5, eps_error=error)  # the upper end: what it estimates, and its error
+        beyond.append((abs(ours - theirs) - error) / theirs)
+        assert beyond[-1] < 1e-3, (sigma, rate, steps)
+    print(f"\nG22: {len(plans)} plans, PLD at most {max(beyond):.1e} of epsilon beyond what PRV says it may be off")

@@ -22,11 +22,15 @@ def audit(
     seed: Annotated[int, typer.Option(help="of every draw")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Attack a finished run as its server, or whoever gets its models, could, and say what they would learn."""
+    """Attack a finished run as its server, or whoever gets its models, could, and say what they would learn.
+
+    Ends with exit code 11 if an attack is stronger than the run's differential privacy allows.
+    """
     from rich.console import Console
 
     from confrere.audits.audit import Choice
     from confrere.audits.job import audit as attack
+    from confrere.audits.job import hold
     from confrere.errors import MissingExtraError
     from confrere.report import write_report
 
@@ -53,6 +57,7 @@ def audit(
         typer.echo(error.reason, err=True)
     else:
         typer.echo(f"Report: {page}", err=as_json)
+    hold(found, run)
 
 
 def _show(console: Any, found: dict[str, Any]) -> None:

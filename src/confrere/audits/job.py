@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from confrere.audits.audit import Choice, find, known_audits
 from confrere.audits.tapped import open_run
-from confrere.errors import ConfigError, RunError
+from confrere.errors import ConfigError, GuaranteeError, RunError
 from confrere.record.files import as_json, file_digest, read_json, write_json
 from confrere.record.machine import threads_kept
 from confrere.record.run import Run
@@ -60,6 +60,20 @@ def audit(
             written.append(found)
             done(found)
     return written
+
+
+def hold(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Make sure that no row of what the audits found is above its bound.
+
+    Raises:
+        GuaranteeError: one is, by its interval.
+    """
+    rows = [(one["audit"], row) for one in found for row in one["rows"] if row["finding"] == "above bound"]
+    if rows:
+        named = [f"{name} {row['measure']}, {row['model']} at {row['subject']}" for name, row in rows[:5]]
+        what = f"{len(rows)} strengths are above what the run's epsilon allows: {'; '.join(named)}"
+        fix = "release nothing of this run; look for noise or clipping that is not what the ledger says"
+        raise GuaranteeError(what, where=str(path), fix=fix)
 
 
 def check(file: Path, public: bytes | None = None) -> None:

@@ -58,16 +58,25 @@ def rmia_score(seen: Evidence, offset: float) -> Floats:
 
 
 def lira_score(seen: Evidence) -> Floats:
-    """Return offline LiRA's score (N,), ``(phi - mu_out) / sigma``: its ``1 - Pr[N > phi]`` grows with it.
+    """Return offline LiRA's score (N,) of a model, see :func:`calibrated`."""
+    return calibrated(seen.right - seen.other, seen.rights - seen.others, ~seen.trained)
+
+
+def calibrated(phi: Floats, phis: Floats, out: NDArray[np.bool_]) -> Floats:
+    """Return ``(phi - mu_out) / sigma`` (N,) of offline LiRA: its ``1 - Pr[N > phi]`` grows with it.
 
     ``phi = log p_y - log(1 - p_y)`` (Carlini et al., S&P 2022). One sigma for all images, as with few references;
     ``mu_out`` is the mean over references that did not train on the image.
+
+    Args:
+        phi: (N,), of the attacked model.
+        phis: (R, N), of each reference.
+        out: bool (R, N), whether a reference did not train on it; for every image one did not.
     """
-    phi, out = seen.rights - seen.others, ~seen.trained
-    mean = seen.mean_outside(phi)
+    mean = (phis * out).sum(0) / out.sum(0)
     free = max(1, int((out.sum(0) - 1).clip(0).sum()))
-    sigma = float(np.sqrt((((phi - mean) * out) ** 2).sum() / free))
-    return np.asarray((seen.right - seen.other - mean) / max(sigma, 1e-9), dtype=np.float64)
+    sigma = float(np.sqrt((((phis - mean) * out) ** 2).sum() / free))
+    return np.asarray((phi - mean) / max(sigma, 1e-9), dtype=np.float64)
 
 
 def sides(score: Score, seen: Sequence[Evidence], inside: Sequence[NDArray[np.bool_]] | None = None) -> Sides:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from confrere.audits.audit import Audit, Choice, Interval, Row, register
-from confrere.audits.property import Floats, Posterior, System, least_squares, posterior, ridge, score_of_sum
+from confrere.audits.property import Floats, Posterior, System, posterior, score_of_sum
 from confrere.audits.property_classifier import persistence, train_score
+from confrere.audits.property_order import mixed, order_rows, resampled
 from confrere.audits.property_shadows import Property, class_share, draw_shadows, flat, shadow_updates
 from confrere.audits.statistics import proportion
 from confrere.audits.tapped import AuditedRun
@@ -20,7 +20,6 @@ from confrere.federation.participation import Identifiability, cohorts_of, ident
 from confrere.federation.secure.total import SUMS
 from confrere.method import Method
 from confrere.record.store import round_file
-from confrere.seeds import numpy_generator
 from confrere.tensors import State
 
 SHADOWS = 50
@@ -31,7 +30,6 @@ SHIFT = 1.0
 """See :class:`confrere.audits.property.System`: the level of all scores is trusted as little as that of one site."""
 MIXED = 200
 """Participation matrices of the control."""
-BOOTSTRAP = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +37,14 @@ class Inferred:
     """What the attack knows of every site, in shares of images; arrays are (N,) in the order of ``sites``.
 
     ``guess``: the share the adversary expects of any site. ``mixed``: (200, N) estimates where others took part.
-    ``least_squares``, ``ridge``: scores, > 0 for the property. ``accuracy``: of the classifier on single updates of
-    ``judged`` shadows, mean over the rounds. ``seen``: see :func:`confrere.federation.participation.identifiability`.
+    ``accuracy``: of the classifier on single updates of ``judged`` shadows, mean over the rounds. ``seen``: see
+    :func:`confrere.federation.participation.identifiability`. ``system``: for estimates other than the posterior.
     """
 
     sites: tuple[str, ...]
     truth: Floats
     estimate: Posterior
     mixed: Floats
-    least_squares: Floats
-    ridge: Floats
     guess: float
     high: float
     system: System
@@ -133,8 +129,6 @@ def infer(
         truth=np.array([asked.share(run, s) for s in run.sites]),
         estimate=in_shares(posterior(system, made.prior), made.high),
         mixed=np.stack([in_shares(posterior(mixed(system, i), made.prior), made.high).mean for i in range(MIXED)]),
-        least_squares=least_squares(system),
-        ridge=ridge(system),
         guess=made.prior * made.high,
         high=made.high,
         system=system,
@@ -161,11 +155,6 @@ def in_shares(found: Posterior, high: float) -> Posterior:
     )
 
 
-def mixed(system: System, index: int) -> System:
-    """Return the system with each round's coefficients dealt out to other sites, drawn at ("mixed", index)."""
-    return replace(system, A=numpy_generator(0, "mixed", index).permuted(system.A, axis=1))
-
-
 def skill(estimate: Floats, truth: Floats, guess: float) -> float:
     """Return ``1 - sum (estimate - truth)^2 / sum (guess - truth)^2``: 1 is exact, 0 no better than the guess."""
     missed = float(((guess - truth) ** 2).sum())
@@ -190,14 +179,19 @@ def property_inference(run: AuditedRun, choice: Choice) -> Audit:
         warnings.append("No single site is identifiable: the sums tell groups apart, not their members.")
     return Audit(
         name="property",
-        rows=(*summary_rows(found, choice.seed), *site_rows(found)),
-        means=f"skill: share of the squared error of the mean guess that the attack removes, asking for {asked.name}",
+        rows=(
+            *summary_rows(found, choice.seed),
+            *order_rows(found.system, found.guess / found.high, found.truth, choice.seed),
+            *site_rows(found),
+        ),
+        means=f"asking for {asked.name}; skill: share of the squared error of the mean guess that the attack removes; "
+        "order: share of pairs of sites in the right order, by our estimate and by published ones",
         control="the same sums, with a random participation matrix; of a site, the adversary's guess without any sum",
         limits=(
             "Shadows train on images that the global model has not seen, sites on images it has: scores are shifted.",
             "One property, one classifier, shadows made of the sites' own held-out images; others may leak more.",
             "Where tau is between the levels of the shadows, its estimate is interpolated.",
-            "Without a finding nothing is proven: only noise with an accounted epsilon, or groups, bound this attack.",
+            "Without a finding nothing is proven: only groups, or noise that is in the sum, bound this attack.",
         ),
         warnings=tuple(warnings),
         settings={
@@ -212,8 +206,6 @@ def property_inference(run: AuditedRun, choice: Choice) -> Audit:
                     "estimate": [
                         round(float(v[i]), 4) for v in (found.estimate.mean, found.estimate.low, found.estimate.high)
                     ],
-                    "least squares": round(float(found.least_squares[i]), 4),
-                    "ridge": round(float(found.ridge[i]), 4),
                 }
                 for i, site in enumerate(found.sites)
             },
@@ -272,13 +264,3 @@ def site_rows(found: Inferred) -> list[Row]:
             )
         )
     return rows
-
-
-def resampled(measure: Callable[[np.ndarray], float], n: int, seed: int) -> Interval:
-    """Return a measure of rows (indices of sites) with a percentile interval over sites; none for fewer than five."""
-    value = measure(np.arange(n))
-    if n < 5:
-        return Interval(value)
-    rng = numpy_generator(seed, "audit", "property", "bootstrap")
-    drawn = [measure(rng.integers(n, size=n)) for _ in range(BOOTSTRAP)]
-    return Interval(value, *(float(q) for q in np.quantile(drawn, (0.025, 0.975))))

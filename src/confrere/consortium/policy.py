@@ -189,14 +189,17 @@ def _check_rounds(policy: Policy, rounds: int) -> None:
 
 
 def _check_privacy(policy: Policy, chosen: PrivacyChoice, sending: int) -> None:
-    """Refuse noise and budgets that are not enough; each of so many ``sending`` trainings spends all: they add up."""
-    if not sending or not (policy.differential_privacy or policy.most_epsilon_ever):
+    """Refuse noise and budgets that are not enough; each of so many ``sending`` trainings spends all: they add up.
+
+    A training that sends nothing needs no budget, but without a unit its losses and scores would leave.
+    """
+    if not (policy.differential_privacy or policy.most_epsilon_ever):
         return
     most = policy.most_epsilon or float("inf")
     each = f" for each of {sending} trainings" if sending > 1 else ""
-    if chosen.unit not in ("record", "patient") or not 0 < chosen.epsilon * sending <= most:
+    if not chosen.at_sites or (sending and not 0 < chosen.epsilon * sending <= most):
         what, fix = "the site takes part only where its own noise hides images", "set privacy.unit and privacy.epsilon"
-        fix += f", at most {most / sending:g}{each}" if policy.most_epsilon else ""
+        fix += f", at most {most / max(1, sending):g}{each}" if policy.most_epsilon else ""
         key = "differential_privacy" if policy.differential_privacy else "most_epsilon_ever"
         raise refusal(what, key, code="policy-privacy", fix=fix)
     bounded = policy.differential_privacy or policy.most_epsilon  # else it is most_delta_ever that counts

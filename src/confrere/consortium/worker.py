@@ -26,6 +26,7 @@ from confrere.consortium.frame import PROTOCOL, SAME, Arrays, failure
 from confrere.consortium.kit import Kit
 from confrere.consortium.policy import Policy, check, check_request
 from confrere.consortium.spent import budgets, check_ever
+from confrere.consortium.withheld import check_received, examine_once, keyed
 from confrere.data.federation import Federation, load_federation
 from confrere.errors import ConfigError, ConfrereError, PolicyError, TrainingError, UpdateRefusedError
 from confrere.export import About, export_model
@@ -132,16 +133,20 @@ class Worker:
         training = self._training(header)
         task, site, kind = training.task, training.site, header["kind"]
         if kind == "describe":
-            return self._describe(task, site), {}
+            return self._describe(training.job, task, site), {}
         if kind == "export":
             return self._export(training, header, arrays), {}
         if kind == "verdict":
             return {"verdicts": self._verdicts(training.job, task.experiment)}, {}
         request = states.asked(header, arrays)
         check_request(self.policy, request)
+        check_received(request.state)
+        if site.hides and (request.kind, request.split) == ("evaluate", "test"):
+            examine_once(training.path, request)
         torch.set_num_threads(threads(task.experiment, task.federation))
         if site.ledger is None and kind not in FREE:
-            enter_unhidden(self.state / FILE, self._name(training.path), sends=bool(task.method.sends))
+            sends = bool(task.method.sends) or site.hides is None  # training losses and scores do leave then
+            enter_unhidden(self.state / FILE, self._name(training.path), sends=sends)
         return states.answer(site.handle(request))
 
     def _training(self, header: Mapping[str, Any]) -> _Training:
@@ -226,7 +231,7 @@ class Worker:
             only=self.site,
         )
 
-    def _describe(self, task: Prepared, site: Site) -> dict[str, Any]:
+    def _describe(self, job: Path, task: Prepared, site: Site) -> dict[str, Any]:
         """Return what the coordinator must know before round 1: numbers and digests, no name of a file or patient."""
         federation = task.federation
         return {
@@ -237,7 +242,7 @@ class Worker:
             "strata": list(federation.strata),
             "image_size": list(federation.image_size),
             "synthetic": federation.synthetic,
-            "data": federation.digest,
+            "data": keyed(job, federation.digest) if site.hides else federation.digest,
             "sheet": federation.sheet["sites"][self.site],
             "warnings": federation.sheet["warnings"],
             "weight": site.weight,

@@ -34,7 +34,8 @@ NOT_COVERED_AT_SITES = (
     "validation and test images: their metrics at the end, and the calibration of what a site takes home",
     "how many images and patients each site has, which set weights and rate; classes, splits and data sheets",
     "who took part, when, how long it took, and failures, in the journal",
-    "what a site takes home: its own adapter may be trained without noise",
+    "what a site takes home: its own adapter may be trained without noise, and so tell of training images, and a little"
+    " by its metrics on test images, which leave once",
     "other images of the same patient, and the same image in another file, where the unit is one image",
     "the same patient by another name, or at another hospital",
     "rounding: noise is added in double precision, which does not stop attacks on the last bits of floats",

@@ -115,11 +115,6 @@ class Ledger:
             "seeded": any(debit["seeded"] for debit in debits),
         }
 
-    def salted(self, state: State, site: str, round_: int) -> State:
-        """Return a site's state with random bytes beside it: its digest travels, and would confirm a guess of it."""
-        salt = Source(self.mechanism.noise_seed, "salt", site, round_).uniform(8)
-        return {**state, "salt": {"salt": torch.from_numpy(salt)}}
-
     def _entry(self, round_: int, steps: int) -> dict[str, Any]:
         own = self.mechanism
         what: dict[str, Any] = {"sigma": own.sigma, "rate": own.rate, "clip": own.clip, "unit": own.unit}
@@ -152,6 +147,11 @@ def entered(file: Path, known: Record = NOTHING) -> Record:
             what += f", of {training}" if training else ""
             raise RunError(what, where=str(file), fix=RESTORE, code="privacy-ledger")
     return found
+
+
+def salted(state: State, noise_seed: int, site: str, round_: int) -> State:
+    """Return a site's state with random bytes beside it: its digest travels, and would confirm a guess of it."""
+    return {**state, "salt": {"salt": torch.from_numpy(Source(noise_seed, "salt", site, round_).uniform(8))}}
 
 
 def enter_unhidden(file: Path, training: str, *, sends: bool) -> None:
@@ -204,7 +204,7 @@ def ledger_of(
         MissingExtraError: dp-accounting is not installed.
     """
     rows = data.rows("train")
-    if privacy.unit not in ("record", "patient") or not method.sends or method.pools or not len(rows):
+    if not privacy.at_sites or not method.sends or method.pools or not len(rows):
         return None
     units = len(rows) if privacy.unit == "record" else len(np.unique(data.groups[rows]))
     check_named(privacy.unit, data.groups[rows], data.named)

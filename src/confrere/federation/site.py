@@ -13,10 +13,11 @@ from torch import Tensor
 
 from confrere.adapters.algebra import pairs
 from confrere.backbones import Backbone
+from confrere.choices import PrivacyChoice
 from confrere.errors import UpdateRefusedError
 from confrere.federation.checks import check_payload
 from confrere.federation.diagnostics import adapter_overlap
-from confrere.federation.ledger import Ledger
+from confrere.federation.ledger import Ledger, salted
 from confrere.federation.secure.participant import Participant
 from confrere.learner import Learner, TrainSettings, predict, refuse_infinite
 from confrere.method import Method, Reply, Request
@@ -40,6 +41,8 @@ class Site:
         val_limit: at most so many validation images judge a round (a fixed subset); None for all.
         secure: masks every update; None sends it in the clear.
         ledger: makes local steps noisy and debits them, so that images or patients stay hidden; None for no noise.
+        hides: what a run chose that hides images or patients at its sites: then nothing is told that is read off images
+            without noise, by trainings without a ledger neither. None where nothing is hidden.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Site:
     val_limit: int | None = None
     secure: Participant | None = None
     ledger: Ledger | None = None
+    hides: PrivacyChoice | None = None
     _predicted: dict[bytes, tuple[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def handle(self, request: Request) -> Reply:
@@ -79,14 +83,15 @@ class Site:
         learner = self._learner(request.round, kept)
         payload, state = self.method.update(learner, request.state, kept)
         check_payload(self.method, self.name, request.round, payload)
-        metrics: dict[str, Any] = {**learner.metrics, "examples": len(self.data.rows("train"))}
-        params = self.method.personal({**request.state, **payload}, state)
-        metrics["overlap"] = self._look(params)  # refuses what would break the average
+        metrics: dict[str, Any] = {"overlap": None, "examples": len(self.data.rows("train"))}
+        if self.hides is None:
+            params = self.method.personal({**request.state, **payload}, state)
+            metrics |= {**learner.metrics, "overlap": self._look(params)}  # refuses what would break the average
+        else:
+            state = salted({**state, **learner.beside}, self.hides.noise_seed, self.name, request.round)
         if self.ledger is not None:
             after = request.round + 1
-            spent = after <= self.rounds and self.ledger.exhausted(after, self._noisy_steps(after))
-            metrics |= {"overlap": None, "spent": spent}
-            state = self.ledger.salted({**state, **learner.beside}, self.name, request.round)
+            metrics["spent"] = after <= self.rounds and self.ledger.exhausted(after, self._noisy_steps(after))
         metrics |= {"kept": digest(state), "stored": digest(payload)}
         reply = Reply(
             site=self.name, run=request.run, round=request.round, state=payload, weight=self.weight, metrics=metrics
@@ -105,12 +110,12 @@ class Site:
             if self.keep is not None:
                 self.keep(request.model, predictions)
             metrics |= {} if self.ledger is None else {"privacy": self.ledger.said()}
-            return Reply(site=self.name, run=request.run, round=request.round, metrics=metrics)
-        rows, hidden = self.validation_rows(), self.ledger is not None  # no budget covers judgements
-        judged = len(rows) and not hidden
-        score, confidence = self.backbone.task.judge(self._answers(params, rows)) if judged else (None, None)
-        overlap = None if hidden else self._look(params)
-        metrics = {"score": score, "confidence": confidence, "examples": len(rows), "overlap": overlap}
+        else:
+            rows, hidden = self.validation_rows(), self.hides is not None  # no budget covers judgements
+            judged = len(rows) and not hidden
+            score, confidence = self.backbone.task.judge(self._answers(params, rows)) if judged else (None, None)
+            overlap = None if hidden else self._look(params)
+            metrics = {"score": score, "confidence": confidence, "examples": len(rows), "overlap": overlap}
         return Reply(site=self.name, run=request.run, round=request.round, metrics=metrics)
 
     def params(self, request: Request) -> Tensors:
@@ -128,9 +133,7 @@ class Site:
 
     def _learner(self, round_: int, kept: State) -> Learner:
         """Return what trains in a round; where its steps are noisy, they are debited before."""
-        learner = Learner(
-            self.backbone, self.data, self.settings, seed=self.seed, site=self.name, round=round_, rounds=self.rounds
-        )
+        learner = Learner(self.backbone, self.data, self.settings, self.seed, self.name, round_, self.rounds)
         if self.ledger is None:
             return learner
         steps = self._noisy_steps(round_)
@@ -146,8 +149,8 @@ class Site:
         return kept if kept is not None else self.method.init_site(self.initial())
 
     def _answers(self, params: Tensors, rows: np.ndarray) -> Answers:
-        outputs = self._predict(params, rows)
-        return Answers(outputs=outputs, targets=self.data.targets(rows), groups=self.data.groups[rows])
+        targets, groups = self.data.targets(rows), self.data.groups[rows]
+        return Answers(outputs=self._predict(params, rows), targets=targets, groups=groups)
 
     def _predict(self, params: Tensors, rows: np.ndarray) -> Tensor:
         """Return outputs; the last of each set of rows are kept, as one model is often asked for twice in a row."""

@@ -25,7 +25,7 @@ ALWAYS = (
 OF_EXACT = ("that it equals a run which never had them on another processor, with other packages or thread counts",)
 OF_APPROXIMATE = (
     "that nothing of the forgotten is left: this way gives no guarantee, whatever the numbers say",
-    "that a stronger attack than the loss of each patient finds nothing",
+    "that a stronger attack than those of the judgement finds nothing",
 )
 UNJUDGED = "how far the result is from training again without the forgotten: give --judge 5"
 OF_NOISE = "that its releases leave the epsilon of the first run as it was: they add to it, for who took part in both"
@@ -150,10 +150,9 @@ def judged(found: Mapping[str, Any]) -> list[str]:
     for kind, title in titles.items():
         of = found["distances"][kind]
         shown.append(f"| {title} | {_cell(of['before'])} | {_cell(of['after'])} | {_cell(of['retrained'])} |")
-    of = found["membership"]
-    shown.append(
-        f"| membership by loss, AUC | {_cell(of['before'])} | {_cell(of['after'])} | {_cell(of['retrained'])} |"
-    )
+    for key, title in (("membership", "membership by loss, AUC"), ("attack", "membership by LiRA, AUC")):
+        of = found[key]
+        shown.append(f"| {title} | {_cell(of['before'])} | {_cell(of['after'])} | {_cell(of['retrained'])} |")
     for key, title in (
         ("loss", "loss of forgotten images, nats"),
         ("accuracy", "accuracy on them"),

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from confrere.adapters import head
 from confrere.adapters.algebra import inner, pairs
 from confrere.backbones import Backbone
+from confrere.forgetting.attack import Side, Sureness, attacked, each_left_out, sureness
 from confrere.learner import predict
 from confrere.metrics import score
 from confrere.metrics.bootstrap import draw, percentile, reach
@@ -50,7 +53,8 @@ class Asked:
 class Answer:
     """What one model says: probabilities (N, K) of test and of forgotten images, its score, its weights.
 
-    ``auc``: by loss, of forgotten against unseen, by patient, with resamples; ``loss``: mean over forgotten images.
+    ``auc``: by loss, of forgotten against unseen, by patient, with resamples; ``loss``: mean over forgotten images;
+    ``sure``: of forgotten and unseen images, for the attack that compares with the retrained.
     """
 
     test: Floats
@@ -61,6 +65,7 @@ class Answer:
     auc: float
     resampled: Floats
     patients: int
+    sure: Sureness
     weights: Mapping[str, Tensors]
 
 
@@ -69,11 +74,13 @@ def answer(asked: Asked, model: Callable[[str], Tensors]) -> Answer:
     parts, scores = [], []
     for site, data in asked.kept.items():
         rows = data.rows("test")
-        parts.append(_chances(asked, site, model, data, rows))
+        parts.append(_chances(_logits(asked, site, model, data, rows)))
         if len(rows):
             scores.append(score(parts[-1], data.labels[rows]))
-    gone, labels, groups = _all(asked, model, {s: (d, np.arange(len(d.labels))) for s, d in asked.gone.items()})
-    unseen, other, strangers = _all(asked, model, asked.unseen)
+    sides = _all(asked, model, {s: (d, np.arange(len(d.labels))) for s, d in asked.gone.items()})
+    beside = _all(asked, model, asked.unseen)
+    gone, labels, groups = _chances(sides[0]), *sides[1:]
+    unseen, other, strangers = _chances(beside[0]), *beside[1:]
     lost = -np.log(np.clip(gone[np.arange(len(labels)), labels], 1e-12, 1))
     fresh = -np.log(np.clip(unseen[np.arange(len(other)), other], 1e-12, 1))
     value, resampled, patients = membership(lost, groups, fresh, strangers, asked.seed)
@@ -86,23 +93,26 @@ def answer(asked: Asked, model: Callable[[str], Tensors]) -> Answer:
         auc=value,
         resampled=resampled,
         patients=patients,
+        sure=sureness(sides, beside),
         weights={site: model(site) for site in asked.kept},
     )
 
 
-def _all(
-    asked: Asked, model: Callable[[str], Tensors], sets: Mapping[str, tuple[TokenSet, NDArray[np.int64]]]
-) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-    """Return probabilities, labels and patients of the rows of several sites."""
-    found = [(_chances(asked, s, model, d, rows), d.labels[rows], d.groups[rows]) for s, (d, rows) in sets.items()]
-    chances, labels, groups = zip(*found, strict=True)
-    return np.concatenate(chances), np.concatenate(labels), np.concatenate(groups)
+def _all(asked: Asked, model: Callable[[str], Tensors], sets: Mapping[str, tuple[TokenSet, NDArray[np.int64]]]) -> Side:
+    """Return logits, labels and patients of the rows of several sites."""
+    found = [(_logits(asked, s, model, d, rows), d.labels[rows], d.groups[rows]) for s, (d, rows) in sets.items()]
+    logits, labels, groups = zip(*found, strict=True)
+    return torch.cat(logits), np.concatenate(labels), np.concatenate(groups)
 
 
-def _chances(
+def _logits(
     asked: Asked, site: str, model: Callable[[str], Tensors], data: TokenSet, rows: NDArray[np.int64]
-) -> Floats:
-    return np.asarray(predict(asked.backbone_of(site), model(site), data, rows).double().softmax(1))
+) -> Tensor:
+    return predict(asked.backbone_of(site), model(site), data, rows).double()
+
+
+def _chances(logits: Tensor) -> Floats:
+    return np.asarray(logits.softmax(1))
 
 
 def membership(
@@ -182,6 +192,11 @@ def judge(after: Answer, before: Answer, retrained: Sequence[Answer], slots: Seq
         **{name: percentile(m.auc, m.resampled, m.patients) for name, m in _two(after, before)},
         "retrained": interval([r.auc for r in retrained]),
         "patients": after.patients,
+    }
+    sure = [r.sure for r in retrained]
+    found["attack"] = {
+        **{name: attacked(m.sure, sure) for name, m in _two(after, before)},
+        "retrained": interval(each_left_out(sure)),
     }
     for key in ("score", "loss", "accuracy"):
         found[key] = {name: getattr(model, key) for name, model in _two(after, before)}
