@@ -90,7 +90,7 @@ def test_every_rule_refuses_with_its_own_code() -> None:
     silent = experiment("local", controls=())
     for asked in (hidden, silent):
         check(Policy(secure_aggregation=True, most_rounds=10, least_examples=100), asked, examples=100)
-    for rule in (Policy(differential_privacy=True), Policy(most_epsilon_ever=1.0)):  # its losses and scores would leave
+    for rule in (Policy(differential_privacy=True), Policy(most_epsilon=1.0), Policy(most_epsilon_ever=1.0)):
         assert refusal(rule, silent) == "policy-privacy"
         check(rule, experiment("local", controls=(), privacy={"unit": "record", "delta": 1e-5}), examples=100)
     check(Policy(least_examples=101), plain, examples=None)  # before the data are read

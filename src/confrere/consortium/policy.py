@@ -42,7 +42,7 @@ least_examples = 20
 secure_aggregation = false
 
 # Only take part where this site hides its images or patients by noise of its own (privacy.unit, docs/privacy.md), with
-# a budget of at most so much epsilon (0: any) and delta. Refusal: policy-privacy.
+# a budget of at most so much epsilon (0: any; above 0 asks for noise by itself) and delta. Refusal: policy-privacy.
 differential_privacy = false
 most_epsilon = 0.0
 most_delta = 1e-4
@@ -193,15 +193,15 @@ def _check_privacy(policy: Policy, chosen: PrivacyChoice, sending: int) -> None:
 
     A training that sends nothing needs no budget, but without a unit its losses and scores would leave.
     """
-    if not (policy.differential_privacy or policy.most_epsilon_ever):
+    rules = [key for key in ("differential_privacy", "most_epsilon", "most_epsilon_ever") if getattr(policy, key)]
+    if not rules:
         return
     most = policy.most_epsilon or float("inf")
     each = f" for each of {sending} trainings" if sending > 1 else ""
     if not chosen.at_sites or (sending and not 0 < chosen.epsilon * sending <= most):
         what, fix = "the site takes part only where its own noise hides images", "set privacy.unit and privacy.epsilon"
         fix += f", at most {most / max(1, sending):g}{each}" if policy.most_epsilon else ""
-        key = "differential_privacy" if policy.differential_privacy else "most_epsilon_ever"
-        raise refusal(what, key, code="policy-privacy", fix=fix)
+        raise refusal(what, rules[0], code="policy-privacy", fix=fix)
     bounded = policy.differential_privacy or policy.most_epsilon  # else it is most_delta_ever that counts
     if bounded and chosen.delta * sending > policy.most_delta * (1 + ROUNDING):
         what = f"an epsilon means little at delta {chosen.delta * sending:g}; the site allows {policy.most_delta:g}"
