@@ -1,4 +1,4 @@
-"""Rebuilding a run whose sites hide images: a run that never had the forgotten has the same distribution (G36)."""
+"""Rebuilding a run whose sites hide their images: the result is distributed as a run that never had them (G36)."""
 
 from __future__ import annotations
 

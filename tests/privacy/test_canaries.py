@@ -120,9 +120,48 @@ def test_the_watch_sees_sockets_of_forks(place: Place, nursery: Nursery) -> None
     assert {line.split()[0] for line in sockets(place)} >= SEEN
 
 
+def listed(place: Place) -> Path:
+    """Write a list of patients to forget, as the names of files have them."""
+    path = place.home / "data" / f"{FOLDERS[0]}.csv"
+    path.write_text(f"patient\n{FILES[0]}0\n{FILES[7]}0\n{FILES[4]}0\n")
+    return path
+
+
+def anonymised(place: Place) -> tuple[Path, Path]:
+    """Write a plan and a table in which patients, and a column nobody asked for, are canaries; return both."""
+    plan, cells = place.home / "data" / "plan.toml", place.home / "data" / "north.csv"
+    plan.write_text('k = 4\ntarget = "y"\npatient = "who"\nnumeric.age.cuts = [0, 40, 80]\n')
+    lines = [f"who,age,y,{CELLS[0]}", *(f"{CELLS[i % 14]}{i},{5 * i % 80},{i % 2},{CELLS[9]}" for i in range(40))]
+    cells.write_text("\n".join(lines) + "\n")
+    return plan, cells
+
+
+def others(place: Place, data: Path, run: Path) -> list[tuple[object, ...]]:
+    """Return the commands that ask, audit, forget, generalise and pre-train, as small as they come."""
+    home, names, plain = place.home, listed(place), place.home / "fedit"
+    audits = [word for name in ("lira", "usage", "historical") for word in ("--only", name)]
+    return [
+        ("methods",),
+        ("backbones",),
+        ("status", run),
+        ("epsilon", "--unit", "record", "--rounds", "3", "--steps", "4", "--delta", "1e-4", "--batch", "32",
+         "--sigma", "2", "--records", "200", "--parameters", "3000"),
+        ("audit", run, *audits, "--references", "4", "--patients", "20"),
+        ("forget", run, "--site", "south", "--out", home / "without-site"),
+        ("forget", run, "--patients", names, "--out", home / "without-patients"),
+        ("run", data, "--out", plain, *FAST[:-1], "controls=[]", "--method", "fedit"),
+        ("forget", plain, "--patients", names, "--by", "neggrad:rounds=1", "--judge", "2", "--out", home / "nearly"),
+        ("anonymise", *anonymised(place), "--out", home / "anonymised"),
+        ("pretrain", data, "--out", home / "pretrained", "--backbone", "vit-nano", "--rounds", "1", "train.steps=1",
+         "train.batch_size=4", "data.image_size=[16,16]", "threads=1", "controls=[]"),
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_good_runs_name_nobody_and_open_no_socket(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_good_runs_name_nobody_and_open_no_socket(
+    place: Place, nursery: Nursery, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, run = hospitals(place.home / "data" / "hospitals"), place.home / "run"
     rows, new = table(place.home / "data" / "table"), hospitals(place.home / "data" / "new", ("west",), 5)
     commands: list[tuple[object, ...]] = [
@@ -146,7 +185,9 @@ def test_good_runs_name_nobody_and_open_no_socket(place: Place, capsys: pytest.C
     for name in filter(find_spec, ("tensorboard", "mlflow")):
         commands.append(("run", data, "--out", place.home / name, *FAST, f"track=['{name}']"))
     (place.home / "predicted").mkdir()
-    for command in commands:
+    first = len(commands)
+    for number, command in enumerate([*commands, *others(place, data, run)]):
+        place.nursery = None if number < first else nursery
         assert place.run(*command) == 0, f"{command[0]}\n{tally(place)}"
     files = list(place.artefacts())
     assert {f.suffix for f in files} >= {".safetensors", ".html", ".json", ".jsonl", ".md", ".toml", ".npy", ".png"}
@@ -155,8 +196,10 @@ def test_good_runs_name_nobody_and_open_no_socket(place: Place, capsys: pytest.C
     assert [line for line in sockets(place) if "('::1', 0)" not in line] == []
     assert not [f for f in (place.home / "tmp").rglob("*") if f.is_file()], "temporary files are gone"
     with capsys.disabled():
-        print(f"\nG28: 0 hits of {len(PEOPLE)} canaries in {len(files)} files of {len(commands)} good commands")
-        print(f"G38: 0 sockets bound, listening or connected in {len(commands)} commands")
+        verbs = {verb for verb, _, _ in place.said}
+        print(f"\nG28: 0 hits of {len(PEOPLE)} canaries in {len(files)} files of {number + 1} good calls,", end=" ")
+        print(f"{len(verbs)} of the commands: {', '.join(sorted(verbs))}")
+        print(f"G38: 0 sockets bound, listening or connected in {number + 1} calls")
 
 
 Failure = Callable[[Place, Path], int | None]
