@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from noise_images import noise_images
 from typer.testing import CliRunner
 
 from confrere.audits.audit import AUDITS, Audit, Choice, Interval, Known, Row, find, known_audits, register
@@ -328,12 +328,7 @@ def test_rows_keep_their_words() -> None:
 def by_heart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run on noise with labels drawn by lot: whatever it gets right it knows by heart."""
     made = tmp_path_factory.mktemp("by_heart")
-    rng = np.random.default_rng(0)
-    for site in ("north", "south"):
-        for number in range(120):
-            file = made / "data" / site / str(rng.choice(["one", "two"])) / f"{site}{number}__1.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
+    noise_images(made / "data", 120)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONFRERE_CACHE", str(made / "cache"))
         train = {"steps": 60, "batch_size": 16, "lr": 1e-2}
