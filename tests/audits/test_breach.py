@@ -34,7 +34,7 @@ def private(data: Path) -> Any:
         "data": {"test": 0.45, "val": 0.1},
         "controls": [],
         "method": {"name": "fedit"},
-        "privacy": {"unit": "record", "sigma": 23.0, "delta": 1e-3, "centred": False},
+        "privacy": {"unit": "record", "sigma": 46.0, "delta": 1e-3, "centred": False},
     }
     return validate(values)
 
