@@ -185,3 +185,23 @@ def test_classes_must_be_agreed() -> None:
     with pytest.raises(ConfigError) as caught:
         across(validate({"path": "x"}), ())
     assert caught.value.where == "data.classes"
+
+
+@pytest.mark.slow
+def test_a_run_whose_hospitals_hide_images_ends_with_test_metrics_and_nothing_else(
+    kits: Path, members: Members, tmp_path: Path
+) -> None:
+    pytest.importorskip("dp_accounting")
+    noisy = ("privacy.unit=record", "privacy.sigma=1", "privacy.delta=1e-3", "train.balance=none", "method=fedit")
+    experiment = experiment_for(kits, *noisy, 'controls=["local"]', "rounds=2", "train.batch_size=4", "train.steps=1")
+    for _ in range(2):  # the second time the results are there
+        run_members(experiment, tmp_path / "out", members)
+    for part in (tmp_path / "out", tmp_path / "out" / "controls" / "local"):
+        results = json.loads((part / "results.json").read_text())
+        assert set(results["sites"]) == set(SITES)
+        assert all("balanced_accuracy" in json.dumps(entry) for entry in results["sites"].values())
+        events = [json.loads(line) for line in (part / "events.jsonl").read_text().splitlines()]
+        rounds = [entry for e in events if e["event"] == "round" for entry in e["sites"].values()]
+        assert len(rounds) == 2 * len(SITES)
+        assert {entry["loss"] for entry in rounds} == {None}
+        assert {score for e in events if e["event"] == "evaluation" for score in e["sites"].values()} <= {None}
