@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev $(TIMM_VENV)/.installed $(PYCANON_VENV)/.installed check
 	CONFRERE_PYCANON=$(abspath $(PYCANON_VENV)/bin/python) \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not timm and not servers"
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m servers  # a third of their time is waiting
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m servers  # more, and Flower's applications miss their first sign of life
 	$(TIMM_VENV)/bin/python -m pytest -m timm
 
 check: $(VENV)/.installed-dev
