@@ -15,8 +15,6 @@ from confrere.tasks.volume_segmentation import VolumeSegmentation
 if TYPE_CHECKING:
     from confrere.config import Experiment
 
-UNITS = ("record", "patient")
-"""Units of privacy that noisy local steps hide."""
 SINGLE = {"classification": "", "segmentation": "", "survival": "logistic-hazard"}
 """Tasks whose loss is one of each image alone, with the curve for which that holds."""
 
@@ -45,7 +43,7 @@ def check_choices(experiment: Experiment) -> None:
         what, fix = f"{main.name} sends several models side by side, which have no common gauge", "leave it out"
         raise ConfigError(what, where="federation.canonical", fix=fix)
     # A comparison, which has no controls, may set a budget beside others.
-    chosen, noisy = experiment.privacy, experiment.privacy.unit in UNITS
+    chosen, noisy = experiment.privacy, experiment.privacy.at_sites
     hiding = [m for m in (main, *map(make, controls)) if m.release() or (noisy and m.sends and not m.pools)]
     if controls and not hiding and (chosen.epsilon or chosen.delta):
         what, fix = f"{main.name} adds no noise: a budget would bound nothing", "leave it out, or use method.name=dpfed"
@@ -96,7 +94,7 @@ def _check_task(experiment: Experiment) -> None:
 
 def _check_privacy(experiment: Experiment, method: Method) -> None:
     """Refuse what epsilon would not cover, for a method that hides who took part, or for sites that hide images."""
-    if experiment.privacy.unit in UNITS:
+    if experiment.privacy.at_sites:
         _check_units(experiment, method)
         return
     if not method.release():

@@ -22,7 +22,6 @@ from confrere.adapters import head
 from confrere.audits.audit import Audit, Choice, Interval, Row, register
 from confrere.audits.inversion_bench import Bench, Victim, fewest_steps
 from confrere.audits.tapped import AuditedRun
-from confrere.consistency import UNITS
 from confrere.errors import ConfigError
 from confrere.method import Method
 from confrere.metrics.bootstrap import reach
@@ -152,7 +151,7 @@ def inversion(run: AuditedRun, choice: Choice) -> Audit:
     """Rebuild features and tokens of images from a plain gradient, the shortest round there is, and a whole round."""
     started = time.perf_counter()
     shared = [n for n in head.NAMES if run.method.shared(n)]
-    if run.experiment.privacy.unit in UNITS:
+    if run.experiment.privacy.at_sites:
         what, fix = "trials would have to be as noisy as the sites' steps were", "audit a run without privacy.unit"
         raise ConfigError(what, where="privacy.unit", fix=fix, code="audit")
     if run.experiment.masked or run.method.pools or "shared" not in run.method.sends or len(shared) < 2:

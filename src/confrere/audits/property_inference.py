@@ -10,11 +10,10 @@ import numpy as np
 from confrere.audits.audit import Audit, Choice, Interval, Row, register
 from confrere.audits.property import Floats, Posterior, System, posterior, score_of_sum
 from confrere.audits.property_classifier import persistence, train_score
-from confrere.audits.property_order import mixed, order_rows, resampled
+from confrere.audits.property_order import MIXED, mixed, order_rows, resampled
 from confrere.audits.property_shadows import Property, class_share, draw_shadows, flat, shadow_updates
 from confrere.audits.statistics import proportion
 from confrere.audits.tapped import AuditedRun
-from confrere.consistency import UNITS
 from confrere.errors import ConfigError
 from confrere.federation.participation import Identifiability, cohorts_of, identifiability
 from confrere.federation.secure.total import SUMS
@@ -28,8 +27,6 @@ ROUNDS = 12
 """At most so many rounds are attacked, spread over the run."""
 SHIFT = 1.0
 """See :class:`confrere.audits.property.System`: the level of all scores is trusted as little as that of one site."""
-MIXED = 200
-"""Participation matrices of the control."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +70,7 @@ def check(run: AuditedRun) -> None:
         and choice.federation.rule == "mean"
         and not choice.federation.canonical
     )
-    if choice.privacy.unit in UNITS:
+    if choice.privacy.at_sites:
         what, fix = "shadows would have to be as noisy as the sites' steps were", "audit a run without privacy.unit"
         raise ConfigError(what, where="privacy.unit", fix=fix, code="audit")
     fix = "audit a run with secure aggregation, or of a method that averages, such as fedit"

@@ -12,11 +12,13 @@ from confrere.audits.property import Floats, System, least_squares, posterior, r
 from confrere.audits.property_prolin import prolin
 from confrere.seeds import numpy_generator
 
+MIXED = 200
+"""Participation matrices of a control."""
 Estimate = Callable[[System, float], Floats]
 ESTIMATES: Mapping[str, tuple[Estimate, int]] = {
-    "posterior": (lambda system, prior: posterior(system, prior).mean, 200),
-    "ridge": (lambda system, prior: ridge(system), 200),
-    "least squares": (lambda system, prior: least_squares(system), 200),
+    "posterior": (lambda system, prior: posterior(system, prior).mean, MIXED),
+    "ridge": (lambda system, prior: ridge(system), MIXED),
+    "least squares": (lambda system, prior: least_squares(system), MIXED),
     "PROLIN": (lambda system, prior: prolin(system), 5),
 }
 """Each takes a system and the share of sites expected to have the property; and how many times its control is made."""

@@ -9,7 +9,6 @@ import numpy as np
 
 from confrere.backbones import Backbone
 from confrere.config import Experiment
-from confrere.consistency import UNITS
 from confrere.data.federation import Federation, SiteImages
 from confrere.doctor.finding import Finding, attempt
 from confrere.federation.ledger import check_named
@@ -20,7 +19,7 @@ from confrere.privacy.planning import FINE, plan_units
 def noise_findings(experiment: Experiment, federation: Federation, backbone: Backbone) -> Iterator[Finding]:
     """Yield one finding: the site at which noise weighs most, or what a run would refuse."""
     privacy, method, train = experiment.privacy, experiment.build_method(), experiment.train
-    if privacy.unit not in UNITS or not method.sends or method.pools:
+    if not privacy.at_sites or not method.sends or method.pools:
         return
     task = Prepared(experiment=experiment, method=method, federation=federation, backbones={"": backbone}, data={})
     sent = sum(value.numel() for name, value in initial(task, "").items() if method.shared(name))

@@ -56,7 +56,7 @@ class Opened:
     @property
     def noisy(self) -> bool:
         """Return whether training adds noise, to hide sites or within a site: then no two runs are alike."""
-        return bool(self.old.build_method().release()) or self.old.privacy.unit in ("record", "patient")
+        return bool(self.old.build_method().release()) or self.old.privacy.at_sites
 
     @property
     def after_names(self) -> frozenset[str]:
